@@ -1,0 +1,174 @@
+//! The lock: a bundle's exact table of contents. The signature covers its bytes; it covers all else.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use super::manifest::{Engine, ImageRef, Packages, Service, Target};
+use crate::error::{Code, Result};
+use crate::ids::{Digest, Name, Version};
+
+/// Largest lock that is read: some 100,000 blobs.
+pub const MAX_LOCK: u64 = 16 << 20;
+/// Largest blob that is believed: 1 TiB. More is a damaged or hostile lock.
+pub const MAX_BLOB: u64 = 1 << 40;
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Lock {
+    pub schema: u32,
+    pub name: Name,
+    pub version: Version,
+    pub created: Timestamp,
+    /// Version of the zd that packed it.
+    pub packed_by: String,
+    pub engine: Engine,
+    pub target: Target,
+    /// Packages asked for, by role.
+    pub packages: Packages,
+    /// The apt index (a `Packages` file) over `debs`; absent where no package is carried.
+    pub apt_index: Option<Digest>,
+    pub debs: Vec<Deb>,
+    pub images: Vec<Image>,
+    pub files: Vec<File>,
+    pub services: Vec<Service>,
+    /// Every blob, once, in the order it stands in the bundle.
+    pub blobs: Vec<Blob>,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Deb {
+    pub name: String,
+    pub version: String,
+    /// File name in the apt index.
+    pub file: String,
+    pub digest: Digest,
+}
+
+/// One image; its manifest, config and layers are blobs.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Image {
+    #[serde(rename = "ref")]
+    pub reference: ImageRef,
+    /// Media type of the manifest.
+    pub media_type: String,
+    pub manifest: Digest,
+    pub config: Digest,
+    pub layers: Vec<Digest>,
+    /// Bytes of the layers when unpacked by the engine.
+    pub unpacked: u64,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct File {
+    pub name: Version,
+    pub digest: Digest,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Blob {
+    pub digest: Digest,
+    pub size: u64,
+    pub role: Role,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Role {
+    ImageManifest,
+    ImageConfig,
+    ImageLayer,
+    AptIndex,
+    Deb,
+    File,
+}
+
+impl Lock {
+    /// Parses and checks that the lock hangs together. Call it on signed bytes only.
+    pub fn parse(bytes: &[u8]) -> Result<Self> {
+        let bad = |what: String| {
+            Code::Bundle.err(what).cure("the bundle was not made by a working `zd pack`; pack it again")
+        };
+        let lock: Lock =
+            serde_json::from_slice(bytes).map_err(|e| bad(format!("zd-lock.json cannot be read: {e}")))?;
+        if lock.schema != 1 {
+            return Err(Code::Bundle
+                .err(format!("the lock has schema {}, this zd reads schema 1", lock.schema))
+                .cure("use the zd that lies beside the bundle"));
+        }
+        let mut sizes = BTreeMap::new();
+        let mut total: u64 = 0;
+        for blob in &lock.blobs {
+            if blob.size > MAX_BLOB {
+                return Err(bad(format!("{}: a size of {} bytes cannot be right", blob.digest, blob.size)));
+            }
+            // At most 2^40 each and some 10^5 of them: cannot overflow, but the lock is not trusted to be short.
+            total = total
+                .checked_add(blob.size)
+                .ok_or_else(|| bad("the sizes of all blobs together cannot be right".into()))?;
+            if sizes.insert(&blob.digest, blob.size).is_some() {
+                return Err(bad(format!("{} is listed twice", blob.digest)));
+            }
+        }
+        let mut order = lock.blobs.clone();
+        sort_blobs(&mut order);
+        if order != lock.blobs {
+            return Err(bad("the blobs are not in order (small first)".into()));
+        }
+        let named: BTreeSet<&Digest> = lock.named().collect();
+        if let Some(missing) = named.iter().find(|d| !sizes.contains_key(**d)) {
+            return Err(bad(format!("{missing} is used but not listed among the blobs")));
+        }
+        if let Some(extra) = sizes.keys().find(|d| !named.contains(**d)) {
+            return Err(bad(format!("{extra} is listed but used by nothing")));
+        }
+        for deb in &lock.debs {
+            let plain = !deb.file.contains('/') && deb.file.ends_with(".deb") && !deb.file.starts_with('.');
+            if !plain {
+                return Err(bad(format!("package file name {:?} is not a plain .deb name", deb.file)));
+            }
+        }
+        Ok(lock)
+    }
+
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let mut bytes = serde_json::to_vec_pretty(self).expect("a lock is plain data");
+        bytes.push(b'\n');
+        bytes
+    }
+
+    /// Every digest that a component names.
+    fn named(&self) -> impl Iterator<Item = &Digest> {
+        let images = self.images.iter().flat_map(|i| [&i.manifest, &i.config].into_iter().chain(&i.layers));
+        let debs = self.debs.iter().map(|d| &d.digest);
+        let files = self.files.iter().map(|f| &f.digest);
+        images.chain(debs).chain(files).chain(&self.apt_index)
+    }
+
+    pub fn size_of(&self, digest: &Digest) -> u64 {
+        self.blobs.iter().find(|b| b.digest == *digest).map_or(0, |b| b.size)
+    }
+
+    pub fn image(&self, reference: &ImageRef) -> Option<&Image> {
+        self.images.iter().find(|i| i.reference == *reference)
+    }
+
+    pub fn service(&self, name: &Name) -> Option<&Service> {
+        self.services.iter().find(|s| s.name == *name)
+    }
+
+    /// `name-version`, for file names and people.
+    pub fn title(&self) -> String {
+        format!("{}-{}", self.name, self.version)
+    }
+}
+
+/// Small first, so that what is read first lies first; equal sizes by digest.
+pub fn sort_blobs(blobs: &mut [Blob]) {
+    blobs.sort_by(|a, b| (a.size, &a.digest).cmp(&(b.size, &b.digest)));
+}

@@ -1,0 +1,445 @@
+//! The manifest: the TOML a person writes. Unknown keys and wrong types are errors with their place.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Code, Error, Result};
+use crate::ids::{Digest, Name, Version};
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Manifest {
+    /// Form of this file; 1 is the only one.
+    pub schema: u32,
+    pub name: Name,
+    pub version: Version,
+    #[serde(default)]
+    pub engine: Engine,
+    pub target: Target,
+    #[serde(default)]
+    pub packages: Packages,
+    #[serde(default, rename = "image")]
+    pub images: Vec<ImageSource>,
+    #[serde(default, rename = "file")]
+    pub files: Vec<FileSource>,
+    #[serde(default, rename = "service")]
+    pub services: Vec<Service>,
+}
+
+/// Who runs the containers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Engine {
+    #[default]
+    Docker,
+}
+
+/// The hosts a bundle is for, as in their os-release(5) and uname(1) -m: `debian-12-x86_64`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Target {
+    pub os: String,
+    pub release: String,
+    #[serde(default = "x86_64")]
+    pub arch: String,
+}
+
+fn x86_64() -> String {
+    "x86_64".into()
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}-{}-{}", self.os, self.release, self.arch)
+    }
+}
+
+impl FromStr for Target {
+    type Err = String;
+    fn from_str(s: &str) -> Result<Self, String> {
+        let mut parts = s.splitn(3, '-');
+        match (parts.next(), parts.next(), parts.next()) {
+            (Some(os), Some(release), arch) if !os.is_empty() && !release.is_empty() => Ok(Target {
+                os: os.into(),
+                release: release.into(),
+                arch: arch.map_or_else(x86_64, Into::into),
+            }),
+            _ => Err(format!("{s:?} is not a target such as debian-12 or ubuntu-24.04-x86_64")),
+        }
+    }
+}
+
+impl Target {
+    /// Release codename as it stands in apt sources.
+    pub fn codename(&self) -> Result<&'static str> {
+        Ok(match (self.os.as_str(), self.release.as_str()) {
+            ("debian", "11") => "bullseye",
+            ("debian", "12") => "bookworm",
+            ("debian", "13") => "trixie",
+            ("ubuntu", "22.04") => "jammy",
+            ("ubuntu", "24.04") => "noble",
+            _ => {
+                return Err(Code::Manifest
+                    .err(format!("target {self}: zd knows no package source for it"))
+                    .cure("use one of debian-11, debian-12, debian-13, ubuntu-22.04, ubuntu-24.04"));
+            }
+        })
+    }
+
+    /// Architecture as dpkg and OCI call it.
+    pub fn deb_arch(&self) -> Result<&'static str> {
+        match self.arch.as_str() {
+            "x86_64" => Ok("amd64"),
+            "aarch64" => Ok("arm64"),
+            other => Err(Code::Manifest
+                .err(format!("target arch {other:?}: expected x86_64 or aarch64"))
+                .cure("write arch = \"x86_64\"")),
+        }
+    }
+}
+
+/// OS packages by the part they play; each closure is resolved for the target's release.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Packages {
+    #[serde(default)]
+    pub docker: Vec<String>,
+    #[serde(default)]
+    pub registry: Vec<String>,
+    #[serde(default)]
+    pub nginx: Vec<String>,
+    /// More packages the site wants.
+    #[serde(default)]
+    pub extra: Vec<String>,
+    /// An apt sources file to use instead of this machine's own.
+    #[serde(default, skip_serializing)]
+    pub sources: Option<PathBuf>,
+}
+
+impl Packages {
+    pub fn all(&self) -> impl Iterator<Item = &String> {
+        [&self.docker, &self.registry, &self.nginx, &self.extra].into_iter().flatten()
+    }
+}
+
+/// One image and where to take it from: exactly one of the three.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct ImageSource {
+    /// `name:version` under which the registry will serve it.
+    #[serde(rename = "ref")]
+    pub reference: ImageRef,
+    /// An image of the Docker daemon of this machine.
+    pub docker: Option<String>,
+    /// An OCI image layout: a tar, or a folder.
+    pub oci: Option<PathBuf>,
+    /// A tar made by `docker save`.
+    pub docker_archive: Option<PathBuf>,
+}
+
+/// `name:version`.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct ImageRef {
+    pub name: Name,
+    pub version: Version,
+}
+
+impl FromStr for ImageRef {
+    type Err = String;
+    fn from_str(s: &str) -> Result<Self, String> {
+        let (name, version) = s.split_once(':').ok_or_else(|| format!("{s:?} is not name:version"))?;
+        Ok(Self { name: name.parse()?, version: version.parse()? })
+    }
+}
+
+impl TryFrom<String> for ImageRef {
+    type Error = String;
+    fn try_from(s: String) -> Result<Self, String> {
+        s.parse()
+    }
+}
+
+impl From<ImageRef> for String {
+    fn from(r: ImageRef) -> String {
+        r.to_string()
+    }
+}
+
+impl fmt::Display for ImageRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.name, self.version)
+    }
+}
+
+/// A file to carry: from a URL with its sum, or from a path.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct FileSource {
+    pub name: Version,
+    pub url: Option<String>,
+    /// Needed with `url`: 64 hexadecimal digits.
+    pub sha256: Option<String>,
+    pub path: Option<PathBuf>,
+}
+
+/// A service that is run blue-green. Stands unchanged in the lock.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Service {
+    pub name: Name,
+    /// Image repository in the bundle.
+    pub image: Name,
+    /// Version that `install` starts in both slots.
+    pub version: Version,
+    /// Port the container listens on.
+    pub port: u16,
+    /// Port nginx serves it on, on all addresses of the host.
+    pub listen: u16,
+    /// Port of the standby entry.
+    pub standby_listen: u16,
+    /// Networks besides localhost that may use the standby entry (CIDR).
+    #[serde(default)]
+    pub standby_allow: Vec<String>,
+    #[serde(default = "root_paths")]
+    pub paths: Vec<String>,
+    #[serde(default = "health_path")]
+    pub health: String,
+    #[serde(default)]
+    pub server_names: Vec<String>,
+    /// Containers per slot, 1 to 9.
+    #[serde(default = "one")]
+    pub instances: u8,
+    /// Weight of each instance in its pool; 1 where not given.
+    #[serde(default)]
+    pub weights: Vec<u16>,
+    #[serde(default = "one_u32")]
+    pub max_fails: u32,
+    /// Seconds an instance is left out after `max_fails` failures.
+    #[serde(default = "ten")]
+    pub fail_timeout: u32,
+    /// Seconds an answer may take.
+    #[serde(default = "sixty")]
+    pub read_timeout: u32,
+    /// Seconds a slot may take to become healthy.
+    #[serde(default = "sixty")]
+    pub health_timeout: u32,
+    /// Milliseconds a switch waits for answers of the old slot.
+    #[serde(default = "two_thousand")]
+    pub drain_ms: u32,
+    #[serde(default)]
+    pub env: BTreeMap<String, String>,
+    /// Megabytes of memory per container; 0 is no limit.
+    #[serde(default)]
+    pub memory_mb: u32,
+}
+
+fn root_paths() -> Vec<String> {
+    vec!["/".into()]
+}
+fn health_path() -> String {
+    "/health".into()
+}
+fn one() -> u8 {
+    1
+}
+fn one_u32() -> u32 {
+    1
+}
+fn ten() -> u32 {
+    10
+}
+fn sixty() -> u32 {
+    60
+}
+fn two_thousand() -> u32 {
+    2000
+}
+
+impl Manifest {
+    /// Parses and checks. All problems of meaning are reported at once.
+    pub fn parse(text: &str) -> Result<Self> {
+        let manifest: Manifest = toml::from_str(text).map_err(|e| {
+            Code::Manifest
+                .err(format!("the manifest cannot be read:\n{}", e.to_string().trim_end()))
+                .cure("correct the line shown; manifests/demo.toml shows every key")
+        })?;
+        let problems = manifest.problems();
+        if problems.is_empty() {
+            return Ok(manifest);
+        }
+        Err(Error {
+            code: Code::Manifest,
+            what: format!("the manifest asks for what cannot be:\n  - {}", problems.join("\n  - ")),
+            cure: Some("correct these; manifests/demo.toml shows every key".into()),
+        })
+    }
+
+    fn problems(&self) -> Vec<String> {
+        let mut found = Vec::new();
+        if self.schema != 1 {
+            found.push(format!("schema = {}: this zd reads schema 1", self.schema));
+        }
+        for e in [self.target.codename().err(), self.target.deb_arch().err()].into_iter().flatten() {
+            found.push(e.what);
+        }
+        let mut refs = BTreeSet::new();
+        for image in &self.images {
+            let sources = [image.docker.is_some(), image.oci.is_some(), image.docker_archive.is_some()];
+            if sources.iter().filter(|s| **s).count() != 1 {
+                found.push(format!("image {}: give exactly one of docker, oci, docker-archive", image.reference));
+            }
+            if !refs.insert(&image.reference) {
+                found.push(format!("image {} is listed twice", image.reference));
+            }
+        }
+        let mut names = BTreeSet::new();
+        for file in &self.files {
+            if !names.insert(&file.name) {
+                found.push(format!("file {} is listed twice", file.name));
+            }
+            match (&file.url, &file.sha256, &file.path) {
+                (Some(_), Some(sum), None) => {
+                    if format!("sha256:{sum}").parse::<Digest>().is_err() {
+                        found.push(format!("file {}: sha256 is not 64 lower-case hexadecimal digits", file.name));
+                    }
+                }
+                (None, None, Some(_)) => {}
+                _ => found.push(format!("file {}: give url and sha256, or path", file.name)),
+            }
+        }
+        self.service_problems(&refs, &mut found);
+        found
+    }
+
+    fn service_problems(&self, refs: &BTreeSet<&ImageRef>, found: &mut Vec<String>) {
+        let mut names = BTreeSet::new();
+        let mut ports = BTreeMap::new();
+        for service in &self.services {
+            let name = &service.name;
+            if !names.insert(name) {
+                found.push(format!("service {name} is listed twice"));
+            }
+            let wanted = ImageRef { name: service.image.clone(), version: service.version.clone() };
+            if !refs.contains(&wanted) {
+                found.push(format!("service {name}: no image {wanted} is in the manifest"));
+            }
+            for port in [service.listen, service.standby_listen] {
+                if let Some(other) = ports.insert(port, name) {
+                    found.push(format!("service {name}: port {port} is already taken by service {other}"));
+                }
+            }
+            if service.port == 0 || service.listen == 0 || service.standby_listen == 0 {
+                found.push(format!("service {name}: port 0 cannot be listened on"));
+            }
+            if !(1..=9).contains(&service.instances) {
+                found.push(format!("service {name}: instances = {}: expected 1 to 9", service.instances));
+            }
+            if service.weights.len() > usize::from(service.instances) || service.weights.contains(&0) {
+                found.push(format!("service {name}: weights: one number above 0 for each instance"));
+            }
+            if service.drain_ms > 60_000 {
+                found.push(format!("service {name}: drain-ms = {}: at most 60000", service.drain_ms));
+            }
+            for path in service.paths.iter().chain([&service.health]) {
+                // Goes into nginx's configuration: nothing that could end a token there.
+                let plain = path.bytes().all(|b| b.is_ascii_alphanumeric() || b"/-_.~%".contains(&b));
+                if !path.starts_with('/') || !plain {
+                    found.push(format!("service {name}: path {path:?}: expected / and then letters, digits, - _ . ~ % /"));
+                }
+            }
+            for host in &service.server_names {
+                if host.is_empty() || !host.bytes().all(|b| b.is_ascii_alphanumeric() || b".-*".contains(&b)) {
+                    found.push(format!("service {name}: server name {host:?} is not a host name"));
+                }
+            }
+            for net in &service.standby_allow {
+                if parse_cidr(net).is_none() {
+                    found.push(format!("service {name}: standby-allow {net:?} is not a network such as 10.1.0.0/16"));
+                }
+            }
+            for key in service.env.keys() {
+                if key.is_empty() || key.contains(['=', '\0']) {
+                    found.push(format!("service {name}: env name {key:?} cannot be set"));
+                }
+            }
+        }
+        if !self.services.is_empty() {
+            let p = &self.packages;
+            for (role, list) in [("docker", &p.docker), ("registry", &p.registry), ("nginx", &p.nginx)] {
+                if list.is_empty() {
+                    found.push(format!("packages.{role} is empty: the docker engine needs it on a bare host"));
+                }
+            }
+        }
+        for package in self.packages.all() {
+            let plain = package.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"+-.".contains(&b));
+            if package.is_empty() || package.starts_with('-') || !plain {
+                found.push(format!("package {package:?} is not a package name"));
+            }
+        }
+    }
+}
+
+/// `address/bits`, or one address.
+pub fn parse_cidr(s: &str) -> Option<(std::net::IpAddr, u8)> {
+    let (addr, bits) = s.split_once('/').map_or((s, None), |(a, b)| (a, Some(b)));
+    let addr: std::net::IpAddr = addr.parse().ok()?;
+    let most = if addr.is_ipv4() { 32 } else { 128 };
+    let bits = bits.map_or(Some(most), |b| b.parse().ok())?;
+    (bits <= most).then_some((addr, bits))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: &str = r#"
+schema = 1
+name = "demo"
+version = "1"
+[target]
+os = "debian"
+release = "12"
+[packages]
+docker = ["docker.io"]
+registry = ["docker-registry"]
+nginx = ["nginx-light"]
+[[image]]
+ref = "hello:v1"
+docker = "hello:v1"
+[[service]]
+name = "hello"
+image = "hello"
+version = "v1"
+port = 8080
+listen = 80
+standby-listen = 8081
+"#;
+
+    #[test]
+    fn the_place_of_an_unknown_key_is_shown() {
+        let e = Manifest::parse(&GOOD.replace("listen = 80", "listen = 80")).unwrap_err();
+        assert!(e.what.contains("listen") && e.what.contains("line 19, column"), "{}", e.what);
+    }
+
+    #[test]
+    fn the_place_of_a_wrong_type_is_shown() {
+        let e = Manifest::parse(&GOOD.replace("port = 8080", "port = \"x\"")).unwrap_err();
+        assert!(e.what.contains("line 18, column 8") && e.what.contains("u16"), "{}", e.what);
+    }
+
+    #[test]
+    fn problems_of_meaning_come_all_at_once() {
+        let bad = GOOD.replace("8081", "80").replace("\"v1\"", "\"v9\"").replace("schema = 1", "schema = 7");
+        let e = Manifest::parse(&bad).unwrap_err();
+        for part in ["schema = 7", "no image hello:v9", "port 80 is already taken"] {
+            assert!(e.what.contains(part), "{part}: {}", e.what);
+        }
+        assert!(Manifest::parse(GOOD).is_ok());
+    }
+}

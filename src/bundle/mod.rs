@@ -1,0 +1,14 @@
+//! The bundle: what a manifest asks for, as one signed file (bundle/FORMAT.md). Knows no host.
+
+pub mod gzip;
+pub mod layout;
+pub mod lock;
+pub mod manifest;
+pub mod medium;
+pub mod reader;
+pub mod signature;
+pub mod sources;
+pub mod writer;
+
+pub use lock::Lock;
+pub use reader::Bundle;

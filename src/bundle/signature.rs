@@ -1,0 +1,125 @@
+//! minisign signatures (prehashed Ed25519), so that `minisign -V` checks a lock without zd.
+
+use std::io::Cursor;
+use std::path::Path;
+
+use minisign::{KeyPair, PublicKey, PublicKeyBox, SecretKey, SecretKeyBox, SignatureBox};
+
+use crate::error::{At, Code, OrCode, Result};
+use crate::ids::Digest;
+
+/// Stands in every signature and key; anything else there would be unsigned bytes.
+const COMMENT: &str = "signature of a zd bundle's lock";
+
+/// A public key and the text it came from.
+#[derive(Clone, Debug)]
+pub struct Key {
+    key: PublicKey,
+    /// The one line that names the key, as minisign's `-P` takes it.
+    pub line: String,
+}
+
+impl Key {
+    /// Reads a key file (two lines) or the bare base64 line.
+    pub fn parse(text: &str) -> Result<Self> {
+        let line = text.lines().find(|l| !l.starts_with("untrusted comment:") && !l.trim().is_empty());
+        let line = line.unwrap_or_default().trim().to_owned();
+        let key = PublicKey::from_base64(&line)
+            .or_code(Code::Signature, "not a public key as `zd keygen` writes it")
+            .map_err(|e| e.cure("give the zd.pub that belongs to the bundle"))?;
+        Ok(Self { key, line })
+    }
+
+    pub fn read(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path).at(path)?;
+        Self::parse(&text).map_err(|e| e.during(path.display()))
+    }
+
+    /// For people to compare: the SHA-256 of the key's bytes, in groups of four.
+    pub fn fingerprint(&self) -> String {
+        let hex = Digest::of(&self.key.to_bytes()).hex().to_owned();
+        let groups: Vec<&str> = (0..8).map(|i| &hex[i * 4..i * 4 + 4]).collect();
+        groups.join(" ")
+    }
+
+    fn id(&self) -> String {
+        key_id(self.key.keynum())
+    }
+
+    pub fn file_text(&self) -> String {
+        format!("untrusted comment: minisign public key {}\n{}\n", self.id(), self.line)
+    }
+}
+
+fn key_id(keynum: &[u8]) -> String {
+    keynum.iter().rev().map(|b| format!("{b:02X}")).collect()
+}
+
+/// A new pair: secret key file text, public key. With a password the secret is encrypted (scrypt).
+pub fn generate(password: Option<String>) -> Result<(String, Key)> {
+    let pair = match &password {
+        Some(p) => KeyPair::generate_encrypted_keypair(Some(p.clone())),
+        None => KeyPair::generate_unencrypted_keypair(),
+    };
+    let pair = pair.or_code(Code::Bug, "making a key pair")?;
+    let secret = pair.sk.to_box(Some("zd secret key")).or_code(Code::Bug, "writing the secret key")?;
+    let key = Key { line: pair.pk.to_base64(), key: pair.pk };
+    Ok((secret.into_string(), key))
+}
+
+pub struct Signer {
+    secret: SecretKey,
+    pub key: Key,
+}
+
+impl Signer {
+    /// Opens a secret key file; `password` is asked for only when the file is encrypted.
+    pub fn read(path: &Path, password: impl FnOnce() -> Result<String>) -> Result<Self> {
+        let text = std::fs::read_to_string(path).at(path)?;
+        let doing = format!("secret key {}", path.display());
+        let boxed = SecretKeyBox::from_string(&text).or_code(Code::Signature, &doing)?;
+        let secret = match boxed.clone().into_unencrypted_secret_key() {
+            Ok(secret) => secret,
+            Err(_) => boxed
+                .into_secret_key(Some(password()?))
+                .or_code(Code::Signature, &doing)
+                .map_err(|e| e.cure("give the right password (ZD_KEY_PASSWORD, or at the prompt)"))?,
+        };
+        let key = PublicKey::from_secret_key(&secret).or_code(Code::Signature, &doing)?;
+        Ok(Self { key: Key { line: key.to_base64(), key }, secret })
+    }
+
+    /// Signature file over `bytes`. `trusted` is signed with them and shown by minisign.
+    pub fn sign(&self, bytes: &[u8], trusted: &str) -> Result<String> {
+        let signed =
+            minisign::sign(Some(&self.key.key), &self.secret, Cursor::new(bytes), Some(trusted), Some(COMMENT));
+        Ok(signed.or_code(Code::Bug, "signing the lock")?.into_string())
+    }
+}
+
+/// Checks `signature` over `bytes` against any of `trusted`; says which key it was.
+pub fn verify<'k>(bytes: &[u8], signature: &str, trusted: &'k [Key]) -> Result<&'k Key> {
+    let damaged = |what: &str| {
+        Code::Signature
+            .err(format!("the bundle's signature {what}"))
+            .cure("do not use this bundle; copy it again from its source")
+    };
+    let parsed = SignatureBox::from_string(signature).map_err(|_| damaged("cannot be read"))?;
+    // One text per signature: bytes that no signature covers (comment, base64 slack) must not vary.
+    if parsed.to_string() != signature || parsed.untrusted_comment().ok().as_deref() != Some(COMMENT) {
+        return Err(damaged("is not in the form zd writes: it was altered"));
+    }
+    let Some(key) = trusted.iter().find(|k| k.key.keynum() == parsed.keynum()) else {
+        let known: Vec<String> = trusted.iter().map(Key::id).collect();
+        return Err(Code::Signature
+            .err(format!(
+                "the bundle is signed with key {}, which is not trusted here (trusted: {})",
+                key_id(parsed.keynum()),
+                if known.is_empty() { "none".into() } else { known.join(", ") }
+            ))
+            .cure("check with whoever packed it; a new key is trusted by `--key FILE` or a file in /etc/zd/trust/"));
+    };
+    minisign::verify(&key.key, &parsed, Cursor::new(bytes), true, false, false)
+        .map_err(|_| damaged("does not fit its lock: one of them was altered"))?;
+    Ok(key)
+}

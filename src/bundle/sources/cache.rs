@@ -1,0 +1,115 @@
+//! The pack machine's cache: blobs by digest, and a note per uncompressed layer of what it became.
+//! A file gets its name only after its hash is known; a second `pack` finds everything here.
+
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+
+use sha2::{Digest as _, Sha256};
+use tempfile::NamedTempFile;
+
+use crate::error::{At, Code, Result};
+use crate::ids::Digest;
+
+pub struct Cache {
+    root: PathBuf,
+}
+
+impl Cache {
+    /// `$ZD_CACHE_DIR`, else `$XDG_CACHE_HOME/zd`, else `~/.cache/zd`.
+    pub fn open() -> Result<Self> {
+        let var = |name| std::env::var_os(name).filter(|v| !v.is_empty()).map(PathBuf::from);
+        let root = var("ZD_CACHE_DIR")
+            .or_else(|| var("XDG_CACHE_HOME").map(|d| d.join("zd")))
+            .or_else(|| var("HOME").map(|d| d.join(".cache/zd")))
+            .ok_or_else(|| Code::Usage.err("no cache folder: HOME is not set").cure("set ZD_CACHE_DIR"))?;
+        let cache = Self { root };
+        for dir in ["blobs/sha256", "gzip", "tmp"] {
+            let dir = cache.root.join(dir);
+            fs::create_dir_all(&dir).at(&dir)?;
+        }
+        Ok(cache)
+    }
+
+    /// A folder of its own for one source (apt's state, partial downloads).
+    pub fn dir(&self, name: &str) -> Result<PathBuf> {
+        let dir = self.root.join(name);
+        fs::create_dir_all(&dir).at(&dir)?;
+        Ok(dir)
+    }
+
+    pub fn temp(&self) -> Result<NamedTempFile> {
+        let dir = self.root.join("tmp");
+        NamedTempFile::new_in(&dir).at(&dir)
+    }
+
+    fn path(&self, digest: &Digest) -> PathBuf {
+        self.root.join("blobs/sha256").join(digest.hex())
+    }
+
+    /// The blob, if it is here whole: its bytes are hashed again, disks forget.
+    pub fn get(&self, digest: &Digest) -> Result<Option<(PathBuf, u64)>> {
+        let path = self.path(digest);
+        match File::open(&path) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(crate::error::io(&path, e)),
+            Ok(file) => {
+                let (found, size) = hash(file).at(&path)?;
+                if found == *digest {
+                    return Ok(Some((path, size)));
+                }
+                fs::remove_file(&path).at(&path)?;
+                Ok(None)
+            }
+        }
+    }
+
+    /// Keeps a finished temporary file under its digest.
+    pub fn keep(&self, temp: NamedTempFile) -> Result<(Digest, u64, PathBuf)> {
+        let (digest, size) = hash(File::open(temp.path()).at(temp.path())?).at(temp.path())?;
+        let path = self.path(&digest);
+        temp.persist(&path).map_err(|e| crate::error::io(&path, e.error))?;
+        Ok((digest, size, path))
+    }
+
+    pub fn put(&self, bytes: &[u8]) -> Result<(Digest, u64, PathBuf)> {
+        let mut temp = self.temp()?;
+        temp.write_all(bytes).at(temp.path())?;
+        self.keep(temp)
+    }
+
+    /// The compressed layer that an uncompressed one became earlier.
+    pub fn gzipped(&self, plain: &Digest) -> Result<Option<(Digest, u64, PathBuf)>> {
+        let note = self.root.join("gzip").join(plain.hex());
+        let Ok(text) = fs::read_to_string(&note) else { return Ok(None) };
+        let Ok(digest) = text.trim().parse::<Digest>() else { return Ok(None) };
+        Ok(self.get(&digest)?.map(|(path, size)| (digest, size, path)))
+    }
+
+    pub fn note_gzipped(&self, plain: &Digest, gzipped: &Digest) -> Result<()> {
+        let mut temp = self.temp()?;
+        temp.write_all(gzipped.as_str().as_bytes()).at(temp.path())?;
+        let note = self.root.join("gzip").join(plain.hex());
+        temp.persist(&note).map_err(|e| crate::error::io(&note, e.error))?;
+        Ok(())
+    }
+}
+
+/// Digest and size of what a reader gives.
+pub fn hash(mut from: impl Read) -> std::io::Result<(Digest, u64)> {
+    let (mut sha, mut size, mut buf) = (Sha256::new(), 0, vec![0u8; 1 << 20]);
+    loop {
+        match from.read(&mut buf)? {
+            0 => return Ok((Digest::from_hash(sha.finalize().as_slice()), size)),
+            n => {
+                sha.update(&buf[..n]);
+                size += n as u64;
+            }
+        }
+    }
+}
+
+/// Digest, size and path of a local file that is packed from where it lies.
+pub fn hash_file(path: &Path) -> Result<(Digest, u64)> {
+    hash(File::open(path).at(path)?).at(path)
+}

@@ -1,0 +1,94 @@
+//! Writing a bundle: one pass, hashing what it writes; complete under a temporary name, then renamed.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{BufWriter, Read, Write};
+use std::path::{Path, PathBuf};
+
+use sha2::{Digest as _, Sha256};
+
+use super::layout::{self, HEAD, OCI_LAYOUT};
+use super::lock::Lock;
+use super::signature::Signer;
+use crate::error::{At, Code, Result};
+use crate::ids::Digest;
+
+/// Writes the bundle of `lock` to `path`; `blobs` says where each blob's bytes are.
+/// Returns the digest of the whole file and its size.
+pub fn write(
+    path: &Path,
+    lock: &Lock,
+    signer: &Signer,
+    blobs: &HashMap<Digest, PathBuf>,
+    tick: impl Fn(u64),
+) -> Result<(Digest, u64)> {
+    let lock_bytes = lock.to_bytes();
+    Lock::parse(&lock_bytes).map_err(|e| Code::Bug.err(format!("zd made a lock it would not read: {e}")))?;
+    let trusted = format!("zd bundle {} for {}", lock.title(), lock.target);
+    let signature = signer.sign(&lock_bytes, &trusted)?;
+    let index = layout::index_json(lock);
+    let head: [&[u8]; 4] = [OCI_LAYOUT, &index, &lock_bytes, signature.as_bytes()];
+
+    let dir = path.parent().unwrap_or(Path::new("."));
+    let temp = tempfile::NamedTempFile::new_in(dir).at(dir)?;
+    let mut out = Hashing { file: BufWriter::with_capacity(1 << 20, temp.as_file()), sha: Sha256::new(), len: 0 };
+    for (name, content) in HEAD.into_iter().zip(head) {
+        out.put(&layout::header(name, content.len() as u64)).at(path)?;
+        out.put(content).at(path)?;
+        out.pad(content.len() as u64).at(path)?;
+    }
+    let mut buf = vec![0u8; 1 << 20];
+    for (blob, (name, size)) in lock.blobs.iter().zip(layout::blob_members(lock)) {
+        out.put(&layout::header(&name, size)).at(path)?;
+        let from = &blobs[&blob.digest];
+        let mut file = File::open(from).at(from)?.take(size + 1);
+        let mut copied = 0;
+        loop {
+            let n = file.read(&mut buf).at(from)?;
+            if n == 0 {
+                break;
+            }
+            copied += n as u64;
+            out.put(&buf[..n]).at(path)?;
+            tick(n as u64);
+        }
+        if copied != size {
+            return Err(Code::Source
+                .err(format!("{} changed while it was packed: {size} bytes expected", from.display()))
+                .cure("run `zd pack` again"));
+        }
+        out.pad(size).at(path)?;
+    }
+    out.put(&[0; layout::END as usize]).at(path)?;
+    out.file.flush().at(path)?;
+    let (digest, len) = (Digest::from_hash(out.sha.finalize().as_slice()), out.len);
+    drop(out.file);
+    temp.as_file().sync_all().at(path)?;
+    set_mode(temp.as_file(), 0o644).at(path)?;
+    temp.persist(path).map_err(|e| crate::error::io(path, e.error))?;
+    File::open(dir).and_then(|d| d.sync_all()).at(dir)?;
+    Ok((digest, len))
+}
+
+fn set_mode(file: &File, mode: u32) -> std::io::Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    file.set_permissions(std::fs::Permissions::from_mode(mode))
+}
+
+struct Hashing<W> {
+    file: W,
+    sha: Sha256,
+    len: u64,
+}
+
+impl<W: Write> Hashing<W> {
+    fn put(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+        self.sha.update(bytes);
+        self.len += bytes.len() as u64;
+        self.file.write_all(bytes)
+    }
+
+    fn pad(&mut self, size: u64) -> std::io::Result<()> {
+        self.put(&[0; 512][..layout::padding(size) as usize])
+    }
+}
