@@ -1,1 +1,42 @@
-fn main(){}
+//! zd carries a zero-downtime stack into places without a network. See ARCHITECTURE.md.
+
+mod assets;
+mod audit;
+mod apply;
+mod bundle;
+mod cmd;
+mod error;
+mod facts;
+mod host;
+mod ids;
+mod loadtest;
+mod plan;
+mod receipt;
+mod service;
+mod ui;
+mod units;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+fn main() -> ExitCode {
+    let cli = cmd::Cli::parse();
+    let ui = ui::Ui::new(cli.json, cli.quiet);
+    // The one TLS provider; must stand before the first client is built.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(e) => {
+            ui.error(&error::Code::Io.err(format!("starting the runtime: {e}")));
+            return ExitCode::from(error::Code::Io.exit());
+        }
+    };
+    match runtime.block_on(cmd::run(cli.command, &ui)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            ui.error(&e);
+            ExitCode::from(e.code.exit())
+        }
+    }
+}

@@ -16,5 +16,5 @@ pub fn compress(mut from: impl Read, to: impl Write + Send + 'static) -> std::io
         .compression_level(Compression::new(6))
         .from_writer(to);
     std::io::copy(&mut from, &mut gzip)?;
-    gzip.finish().map_err(std::io::Error::other)
+    gzip.finish().map(drop).map_err(std::io::Error::other)
 }

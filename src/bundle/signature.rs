@@ -3,7 +3,7 @@
 use std::io::Cursor;
 use std::path::Path;
 
-use minisign::{KeyPair, PublicKey, PublicKeyBox, SecretKey, SecretKeyBox, SignatureBox};
+use minisign::{KeyPair, PublicKey, SecretKey, SecretKeyBox, SignatureBox};
 
 use crate::error::{At, Code, OrCode, Result};
 use crate::ids::Digest;

@@ -31,7 +31,8 @@ pub fn write(
 
     let dir = path.parent().unwrap_or(Path::new("."));
     let temp = tempfile::NamedTempFile::new_in(dir).at(dir)?;
-    let mut out = Hashing { file: BufWriter::with_capacity(1 << 20, temp.as_file()), sha: Sha256::new(), len: 0 };
+    let file = temp.as_file().try_clone().at(dir)?;
+    let mut out = Hashing { file: BufWriter::with_capacity(1 << 20, file), sha: Sha256::new(), len: 0 };
     for (name, content) in HEAD.into_iter().zip(head) {
         out.put(&layout::header(name, content.len() as u64)).at(path)?;
         out.put(content).at(path)?;

@@ -1,0 +1,146 @@
+//! Carrying out one step. Every action may find half of itself done by a run that was killed.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::path::Path;
+use std::time::Duration;
+
+use sha2::{Digest as _, Sha256};
+
+use super::check::{coming, registry};
+use crate::audit;
+use crate::bundle::Bundle;
+use crate::error::{At, Code, Result};
+use crate::host::docker::Docker;
+use crate::host::registry::Registry;
+use crate::host::{Host, exec, fs as hostfs, packages, paths, systemd};
+use crate::ids::{Digest, Slot};
+use crate::plan::Step;
+use crate::service::pointer::{self, Pointer};
+use crate::service::state::{Filled, State};
+use crate::service::{health, switch};
+
+/// How long the registry and nginx may take to answer after their units have started.
+const READY: Duration = Duration::from_secs(30);
+
+pub async fn act(step: &Step, host: &Host<'_>) -> Result<()> {
+    match step {
+        Step::Dir { path, mode, owner, .. } => hostfs::make_dir(path, *mode, owner.as_deref()),
+        Step::File { path, text, mode, owner } => hostfs::write(path, text.as_bytes(), *mode, owner.as_deref()),
+        Step::Blob { path, digest, mode } => extract(bundle(host)?, digest, path, *mode),
+        Step::Tool { path } => copy_tool(path),
+        Step::Link { path, target } => hostfs::set_link(path, target),
+        Step::Secret(secret) => secret.make(),
+        Step::TrustCa { path } => {
+            hostfs::write(path, &std::fs::read(paths::CA).at(paths::CA)?, 0o644, None)
+        }
+        Step::User { name, home } => {
+            let home = home.to_string_lossy();
+            let shell = "/usr/sbin/nologin";
+            exec::run(&[
+                "useradd", "--system", "--user-group", "--no-create-home", "--home-dir", home.as_ref(), "--shell", shell, name,
+            ])
+            .await
+            .map(drop)
+        }
+        Step::Mask { unit, .. } => systemd::mask(unit).await,
+        Step::Packages { repository, wanted } => packages::install(repository, wanted).await,
+        Step::Unit { name } => {
+            systemd::daemon_reload().await?;
+            systemd::enable(name).await?;
+            systemd::start(name).await
+        }
+        Step::RegistryReady => Registry::ready(&coming(host)?.host, READY).await,
+        Step::Push { image } => push(host, image).await,
+        Step::Network { subnet } => Docker::connect().await?.create_network(subnet).await,
+        Step::Container(container) => Docker::connect().await?.place(container, &coming(host)?.host).await,
+        Step::Healthy { service, slot } => {
+            let installed = coming(host)?;
+            let service = installed.service(Some(service))?;
+            health::wait(&installed, service, *slot, &Docker::connect().await?).await
+        }
+        Step::Pointer { service, slot } => pointer::set(service, Pointer::Active(*slot)),
+        Step::Serving { service, .. } => {
+            let installed = coming(host)?;
+            let slot = pointer::read(service)?.slot();
+            serving(installed.service(Some(service))?, slot).await
+        }
+        Step::Retire { containers } => {
+            let docker = Docker::connect().await?;
+            for name in containers {
+                docker.remove(name).await?;
+            }
+            Ok(())
+        }
+        Step::Record { service, slot, version, digest } => {
+            let mut state = State::read(service)?;
+            let filled = Filled {
+                version: version.clone(),
+                digest: digest.clone(),
+                since: jiff::Timestamp::now(),
+                by: audit::actor(),
+            };
+            state.slots.insert(*slot, filled);
+            state.write(service)
+        }
+        Step::Firewall { kind, port } => kind.open(*port).await,
+    }
+}
+
+fn bundle<'a>(host: &Host<'a>) -> Result<&'a Bundle> {
+    host.bundle.ok_or_else(|| Code::Bug.err("a step needs a bundle and there is none"))
+}
+
+/// A blob becomes a file only after its bytes were found to be the named ones.
+fn extract(bundle: &Bundle, digest: &Digest, path: &Path, mode: u32) -> Result<()> {
+    let mut temp = hostfs::temp_beside(path)?;
+    let mut from = bundle.blob(digest)?;
+    let (mut sha, mut buf) = (Sha256::new(), vec![0u8; 1 << 20]);
+    loop {
+        let n = from.read(&mut buf).at(&bundle.path)?;
+        if n == 0 {
+            break;
+        }
+        sha.update(&buf[..n]);
+        temp.write_all(&buf[..n]).at(path)?;
+    }
+    if Digest::from_hash(sha.finalize().as_slice()) != *digest {
+        return Err(Code::Bundle
+            .err(format!("blob {digest} changed since the bundle was verified"))
+            .cure("the stick is failing or was exchanged: copy the bundle again"));
+    }
+    hostfs::keep(temp, path, mode, (0, 0))
+}
+
+fn copy_tool(path: &Path) -> Result<()> {
+    let own = std::env::current_exe().at("the running zd")?;
+    let mut temp = hostfs::temp_beside(path)?;
+    std::io::copy(&mut File::open(&own).at(&own)?, &mut temp).at(path)?;
+    hostfs::keep(temp, path, 0o755, (0, 0))
+}
+
+async fn push(host: &Host<'_>, reference: &str) -> Result<()> {
+    let bundle = bundle(host)?;
+    let image = bundle.lock.images.iter().find(|i| i.reference.to_string() == reference);
+    let image = image.ok_or_else(|| Code::Bug.err(format!("image {reference} is not in the lock")))?;
+    let total = image.layers.iter().chain([&image.config]).map(|d| bundle.lock.size_of(d)).sum();
+    let bar = host.ui.bytes(format!("push {reference}"), total);
+    let result = registry().await?.push(bundle, image, &bar).await;
+    bar.finish_and_clear();
+    result
+}
+
+async fn serving(service: &crate::bundle::manifest::Service, slot: Slot) -> Result<()> {
+    let start = std::time::Instant::now();
+    loop {
+        match switch::serves(service, slot).await {
+            Ok(()) => return Ok(()),
+            Err(why) if start.elapsed() > READY => {
+                return Err(Code::Nginx
+                    .err(format!("port {} of this host gives {why}, expected 200 from {slot}", service.listen))
+                    .cure(format!("see `systemctl status {}`", paths::nginx_unit(&service.name))));
+            }
+            Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+        }
+    }
+}

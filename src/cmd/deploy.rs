@@ -1,0 +1,139 @@
+//! `zd deploy`: fill the standby slot. No traffic moves.
+
+use serde::Serialize;
+
+use super::ChangeArgs;
+use crate::apply;
+use crate::audit::{self, Event, Release};
+use crate::bundle::manifest::{ImageRef, Service};
+use crate::error::{Code, Result};
+use crate::host::Host;
+use crate::host::config::Installed;
+use crate::host::lock::HostLock;
+use crate::host::registry::Registry;
+use crate::ids::{Digest, Name, Slot, Version};
+use crate::plan::{self, Plan};
+use crate::receipt;
+use crate::service::pointer;
+use crate::service::state::State;
+use crate::ui::Ui;
+
+/// Put a version into the standby slot; the active slot is not touched
+#[derive(clap::Args)]
+#[command(after_help = "Examples:\n  zd deploy v2\n  zd deploy v2 hello --reason 'ticket 4711'")]
+pub struct Args {
+    /// A version the private registry holds
+    version: Version,
+    /// The service; the only one where not given
+    service: Option<Name>,
+    #[command(flatten)]
+    change: ChangeArgs,
+}
+
+#[derive(Serialize)]
+struct Report {
+    service: Name,
+    slot: Slot,
+    version: Version,
+    digest: Digest,
+    changed: bool,
+    seconds: f64,
+}
+
+pub async fn run(args: Args, ui: &Ui) -> Result<()> {
+    let start = std::time::Instant::now();
+    let _lock = if args.change.dry_run { None } else { Some(HostLock::take("deploy")?) };
+    let installed = Installed::require()?;
+    let service = installed.service(args.service.as_ref())?;
+    let reference = ImageRef { name: service.image.clone(), version: args.version };
+    let digest = find_version(&installed, &reference).await?;
+    let slot = pointer::read(&service.name)?.slot().other();
+    let plan = plan::deploy::plan(&installed, service, slot, &reference, &digest);
+    let host = Host { ui, bundle: None };
+    if args.change.dry_run {
+        ui.report(&apply::preview(&plan, &host).await?, apply::Preview::text);
+        return Ok(());
+    }
+    put_back_interrupted(&host).await?;
+    ui.confirm(&format!("deploy {reference} to {slot}, the standby of {}?", service.name), args.change.yes)?;
+    let changed = carry_out(&plan, &host, service, slot, &reference, &digest, &args.change.reason).await?;
+    let report = Report {
+        service: service.name.clone(),
+        slot,
+        version: reference.version,
+        digest,
+        changed,
+        seconds: start.elapsed().as_secs_f64(),
+    };
+    ui.report(&report, |r| {
+        let done = if r.changed { "is healthy in" } else { "was already in" };
+        format!(
+            "{} {} {done} {} ({:.1} s); no traffic was moved\nnext  zd switch",
+            r.service, r.version, r.slot, r.seconds
+        )
+    });
+    Ok(())
+}
+
+/// Digest of a version in the private registry, or what it holds instead.
+pub async fn find_version(installed: &Installed, reference: &ImageRef) -> Result<Digest> {
+    let registry = Registry::connect(&installed.host).await?;
+    if let Some(digest) = registry.digest(reference).await? {
+        return Ok(digest);
+    }
+    let known = registry.versions(&reference.name).await?;
+    let known: Vec<&str> = known.iter().map(Version::as_str).collect();
+    Err(Code::UnknownVersion
+        .err(format!("the registry of this host has no {reference}"))
+        .cure(format!("use one of: {}", if known.is_empty() { "(none)".into() } else { known.join(", ") })))
+}
+
+/// An interrupted deploy is taken back first: the next one starts from what was before it.
+pub async fn put_back_interrupted(host: &Host<'_>) -> Result<()> {
+    match receipt::unfinished()? {
+        Some(mut journal) if journal.header.verb == "deploy" => {
+            host.ui.warn(format!("an interrupted deploy of {} is taken back first", journal.header.about));
+            apply::undo(&mut journal, host, false).await?;
+            audit::append(Event { verb: "deploy", outcome: "undone", detail: journal.header.about, ..Event::default() })
+        }
+        _ => receipt::refuse_unfinished(),
+    }
+}
+
+/// Applies a deploy plan; on failure the standby is as it was before. Tells whether anything changed.
+pub async fn carry_out(
+    plan: &Plan,
+    host: &Host<'_>,
+    service: &Service,
+    slot: Slot,
+    reference: &ImageRef,
+    digest: &Digest,
+    reason: &str,
+) -> Result<bool> {
+    let to = Release { slot, version: reference.version.clone(), digest: digest.clone() };
+    let event = |outcome, detail| Event {
+        verb: "deploy",
+        outcome,
+        reason,
+        service: Some(&service.name),
+        from: State::read(&service.name).ok().and_then(|s| s.release(slot)),
+        to: Some(to.clone()),
+        detail,
+    };
+    let begun = event("begun", String::new());
+    let before = begun.from.clone();
+    match apply::apply(plan, host, &audit::actor(), None).await {
+        Ok(summary) if summary.done.is_empty() => Ok(false),
+        Ok(_) => {
+            audit::append(Event { from: before, ..event("done", String::new()) })?;
+            Ok(true)
+        }
+        Err(e) => {
+            if let Some(mut journal) = receipt::unfinished()? {
+                apply::undo(&mut journal, host, false).await.map_err(|u| u.during(format!("after: {e}; going back")))?;
+            }
+            audit::append(event("failed", e.what.clone()))?;
+            Err(e)
+        }
+    }
+}

@@ -1,0 +1,54 @@
+//! `zd history`: who did what, when, why, from which bytes to which; the chain is checked each time.
+
+use serde::Serialize;
+
+use crate::audit::{self, Record};
+use crate::error::Result;
+use crate::ui::Ui;
+
+/// Show the audit log and check that nobody altered it
+#[derive(clap::Args)]
+#[command(after_help = "Examples:\n  zd history\n  zd history --last 5\n  zd history --json | jq '.records[].to.digest'")]
+pub struct Args {
+    /// Only the last N records
+    #[arg(long, value_name = "N")]
+    last: Option<usize>,
+}
+
+#[derive(Serialize)]
+struct Report {
+    chain: &'static str,
+    total: usize,
+    records: Vec<Record>,
+}
+
+pub fn run(args: Args, ui: &Ui) -> Result<()> {
+    let mut records = audit::read()?;
+    let total = records.len();
+    if let Some(last) = args.last {
+        records.drain(..total.saturating_sub(last));
+    }
+    ui.report(&Report { chain: "whole", total, records }, text);
+    Ok(())
+}
+
+fn text(r: &Report) -> String {
+    let mut table = super::status::table(["#", "when (UTC)", "who", "what", "from", "to", "why"]);
+    for record in &r.records {
+        let side = |release: &Option<audit::Release>| match release {
+            Some(r) => format!("{} {} {}", r.slot, r.version, r.digest.short()),
+            None => String::new(),
+        };
+        let why = if record.reason.is_empty() { &record.detail } else { &record.reason };
+        table.add_row([
+            record.seq.to_string(),
+            record.at.strftime("%F %T").to_string(),
+            record.by.clone(),
+            format!("{} {}", record.verb, record.outcome),
+            side(&record.from),
+            side(&record.to),
+            why.lines().next().unwrap_or_default().chars().take(60).collect(),
+        ]);
+    }
+    format!("{table}\n{} records, chain {}", r.total, r.chain)
+}

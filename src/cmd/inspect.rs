@@ -1,0 +1,70 @@
+//! `zd inspect`: what is in a bundle, without touching anything.
+
+use serde::Serialize;
+
+use super::verify::{BundleArgs, Trust};
+use crate::bundle::Lock;
+use crate::error::Result;
+use crate::ids::Digest;
+use crate::ui::Ui;
+
+/// Show what a bundle holds (its signature and lock are checked, the blobs are not: see verify)
+#[derive(clap::Args)]
+#[command(after_help = "Examples:\n  zd inspect demo-1.zd.tar\n  zd inspect --json | jq .lock.images")]
+pub struct Args {
+    #[command(flatten)]
+    bundle: BundleArgs,
+}
+
+#[derive(Serialize)]
+struct Report {
+    id: Digest,
+    bytes: u64,
+    fingerprint: String,
+    trust: Trust,
+    lock: Lock,
+}
+
+pub fn run(args: Args, ui: &Ui) -> Result<()> {
+    let (bundle, trust) = args.bundle.open()?;
+    let report = Report {
+        id: bundle.id.clone(),
+        bytes: bundle.len(),
+        fingerprint: bundle.key.fingerprint(),
+        trust,
+        lock: bundle.lock,
+    };
+    ui.report(&report, text);
+    Ok(())
+}
+
+fn text(r: &Report) -> String {
+    let lock = &r.lock;
+    let mut out = format!(
+        "{} for {}, {}, packed {} by zd {}\nlock {}\nsigned by {}\n",
+        lock.title(), lock.target, bytesize::ByteSize(r.bytes), lock.created, lock.packed_by, r.id, r.fingerprint
+    );
+    for s in &lock.services {
+        out.push_str(&format!(
+            "\nservice {}: {}:{} on port {}, standby entry {}, {} container(s) per slot",
+            s.name, s.image, s.version, s.listen, s.standby_listen, s.instances
+        ));
+    }
+    let mut table = super::status::table(["what", "version", "size", "digest"]);
+    for image in &lock.images {
+        let size: u64 = image.layers.iter().map(|l| lock.size_of(l)).sum();
+        table.add_row([
+            format!("image {}", image.reference.name),
+            image.reference.version.to_string(),
+            bytesize::ByteSize(size).to_string(),
+            image.manifest.short().into(),
+        ]);
+    }
+    let files = lock.files.iter().map(|f| (format!("file {}", f.name), String::new(), &f.digest));
+    let debs = lock.debs.iter().map(|d| (format!("package {}", d.name), d.version.clone(), &d.digest));
+    for (what, version, digest) in files.chain(debs) {
+        table.add_row([what, version, bytesize::ByteSize(lock.size_of(digest)).to_string(), digest.short().into()]);
+    }
+    out.push_str(&format!("\n{table}"));
+    out
+}

@@ -1,0 +1,245 @@
+//! `zd install`: open -> verify -> facts -> preflight -> plan -> confirm -> apply.
+
+use std::net::Ipv4Addr;
+use std::time::Instant;
+
+use serde::Serialize;
+
+use super::ChangeArgs;
+use super::verify::{BundleArgs, check_target, verify_blobs};
+use crate::apply;
+use crate::audit::{self, Event};
+use crate::bundle::Bundle;
+use crate::error::{Code, OrCode, Result};
+use crate::facts::{self, Facts};
+use crate::host::config::{HostConfig, Installed};
+use crate::host::lock::HostLock;
+use crate::host::{Host, paths};
+use crate::ids::Digest;
+use crate::plan::{Undo, install as planner, preflight};
+use crate::receipt::{self, Receipt};
+use crate::ui::Ui;
+
+/// Install a bundle: registry, Docker, nginx and the services, blue and green
+#[derive(clap::Args)]
+#[command(after_help = "Examples:\n  sudo ./zd install --ip auto            the bundle beside zd\n  \
+                        sudo ./zd install --ip 10.4.0.17 --dry-run")]
+pub struct Args {
+    #[command(flatten)]
+    bundle: BundleArgs,
+    /// Address that clients use: `auto`, or one of this host's
+    #[arg(long, default_value = "auto", value_name = "auto|ADDRESS")]
+    ip: String,
+    /// Port of the private registry
+    #[arg(long, default_value_t = 5443, value_name = "PORT")]
+    registry_port: u16,
+    /// First two octets of the containers' own network; chosen where not given
+    #[arg(long, value_name = "A.B")]
+    subnet: Option<String>,
+    /// Open the services' ports in the host's firewall
+    #[arg(long)]
+    open_firewall: bool,
+    #[command(flatten)]
+    change: ChangeArgs,
+}
+
+#[derive(Serialize)]
+struct Report {
+    bundle: String,
+    id: Digest,
+    ip: Ipv4Addr,
+    changed: usize,
+    same: usize,
+    seconds: f64,
+    urls: Vec<String>,
+}
+
+pub async fn run(args: Args, ui: &Ui) -> Result<()> {
+    let start = Instant::now();
+    let (bundle, trust) = args.bundle.open()?;
+    check_target(&bundle, &facts::target()?)?;
+    if trust == super::verify::Trust::FirstUse {
+        ui.warn(format!("trusting the key beside the bundle from now on; its fingerprint: {}", bundle.key.fingerprint()));
+    }
+    let _lock = if args.change.dry_run { None } else { Some(HostLock::take("install")?) };
+    let unfinished = receipt::unfinished()?;
+    refuse_other(&bundle, unfinished.as_ref())?;
+    verify_blobs(&bundle, ui)?;
+    ui.done(format!("{} is whole and signed", bundle.lock.title()));
+
+    let facts = Facts::gather().await?;
+    let known = known_config(&bundle)?;
+    let installed = Installed { host: decide(&args, &facts, &bundle, known.as_ref(), ui)?, lock: bundle.lock.clone() };
+    let foreign_docker = facts.programs.contains_key("dockerd") && !docker_is_ours()?;
+    let wants = preflight::Wants {
+        lock: &bundle.lock,
+        bundle_bytes: bundle.len(),
+        ip: installed.host.ip,
+        registry_port: installed.host.registry_port,
+        packages_installed: installed_size(&bundle)?,
+        foreign_docker,
+        fresh: known.is_none(),
+    };
+    let mut findings = preflight::host(&facts);
+    findings.extend(preflight::bundle(&facts, &wants)?);
+    for note in findings.iter().filter(|f| f.good.is_none()) {
+        ui.warn(format!("{}: {} ({})", note.name, note.what, note.cure));
+    }
+    let open_firewall = facts.firewall.filter(|_| args.open_firewall);
+    let inputs = planner::Inputs {
+        installed: &installed,
+        key: &bundle.key,
+        lock_bytes: planner::lock_text(&bundle.lock)?,
+        foreign_docker,
+        open_firewall,
+    };
+    let plan = planner::plan(&inputs)?;
+    let host = Host { ui, bundle: Some(&bundle) };
+    if args.change.dry_run {
+        let preview = apply::preview(&plan, &host).await?;
+        ui.report(&preview, apply::Preview::text);
+        return preflight::refuse(&findings);
+    }
+    preflight::refuse(&findings)?;
+    if known.is_none() {
+        ui.confirm(&format!("install {} on this host as {}?", bundle.lock.title(), installed.host.ip), args.change.yes)?;
+    }
+    let summary = apply::apply(&plan, &host, &audit::actor(), Some(&bundle.id)).await.map_err(|e| match e.cure {
+        None => e.cure("mend it and run the same command again (it goes on where it stopped), or go back: zd undo"),
+        Some(_) => e,
+    })?;
+    if !summary.done.is_empty() {
+        let detail = format!("{} {} {}", bundle.lock.title(), bundle.id, installed.host.ip);
+        audit::append(Event { verb: "install", outcome: "done", reason: &args.change.reason, detail, ..Event::default() })?;
+    }
+    let report = Report {
+        bundle: bundle.lock.title(),
+        id: bundle.id.clone(),
+        ip: installed.host.ip,
+        changed: summary.done.len(),
+        same: summary.same,
+        seconds: start.elapsed().as_secs_f64(),
+        urls: bundle.lock.services.iter().map(|s| format!("http://{}:{}/", installed.host.ip, s.listen)).collect(),
+    };
+    ui.report(&report, text);
+    Ok(())
+}
+
+fn text(r: &Report) -> String {
+    if r.changed == 0 {
+        return format!(
+            "{} is installed as it should be: {} of {} steps found as they are, nothing was changed ({:.1} s)",
+            r.bundle, r.same, r.same, r.seconds
+        );
+    }
+    let urls: Vec<String> = r.urls.iter().map(|u| format!("\nserving  {u}")).collect();
+    format!(
+        "installed {} in {:.1} s ({} steps done, {} found){}\nnext     zd status, then zd deploy VERSION",
+        r.bundle, r.seconds, r.changed, r.same, urls.concat()
+    )
+}
+
+/// One bundle at a time: another one is an upgrade, or waits until this one is finished or undone.
+fn refuse_other(bundle: &Bundle, unfinished: Option<&Receipt>) -> Result<()> {
+    if let Some(r) = unfinished {
+        if r.header.verb != "install" || r.header.bundle.as_ref() != Some(&bundle.id) {
+            return Err(Code::Unfinished
+                .err(format!("an interrupted {} of {} stands in the way", r.header.verb, r.header.about))
+                .cure("finish it by running it again with the same bundle, or go back: zd undo"));
+        }
+    }
+    match Installed::read()? {
+        Some(i) if i.host.bundle != bundle.id => Err(Code::Unfinished
+            .err(format!("{} is installed here, this bundle is {}", i.lock.title(), bundle.lock.title()))
+            .cure("this zd cannot replace one bundle by another in place: zd uninstall first (data is kept)")),
+        _ => Ok(()),
+    }
+}
+
+/// What an earlier run of this very install decided.
+fn known_config(bundle: &Bundle) -> Result<Option<HostConfig>> {
+    let Some(text) = crate::host::fs::read_if_any(paths::HOST_TOML.as_ref())? else { return Ok(None) };
+    let text = String::from_utf8(text).or_code(Code::Io, paths::HOST_TOML)?;
+    let config: HostConfig = toml::from_str(&text).or_code(Code::Io, paths::HOST_TOML)?;
+    Ok((config.bundle == bundle.id).then_some(config))
+}
+
+fn decide(args: &Args, facts: &Facts, bundle: &Bundle, known: Option<&HostConfig>, ui: &Ui) -> Result<HostConfig> {
+    let asked = match args.ip.as_str() {
+        "auto" => None,
+        given => Some(given.parse::<Ipv4Addr>().map_err(|_| {
+            Code::Usage.err(format!("--ip {given:?} is not an IPv4 address")).cure("--ip auto, or one of this host's addresses")
+        })?),
+    };
+    if let Some(known) = known {
+        return match asked {
+            Some(ip) if ip != known.ip => Err(Code::Usage
+                .err(format!("this host was set up as {}, --ip says {ip}", known.ip))
+                .cure("leave --ip away, or uninstall first")),
+            _ => Ok(known.clone()),
+        };
+    }
+    let ip = match asked {
+        Some(ip) => ip,
+        None => {
+            let found = facts.auto_ip()?;
+            ui.say(format!("address {} of {}", found.ip, found.name));
+            found.ip
+        }
+    };
+    let subnet = match &args.subnet {
+        Some(given) => check_subnet(given)?,
+        None => free_subnet(facts)?,
+    };
+    Ok(HostConfig {
+        schema: 1,
+        ip,
+        subnet,
+        registry_port: args.registry_port,
+        generation: 1,
+        bundle: bundle.id.clone(),
+    })
+}
+
+fn check_subnet(given: &str) -> Result<String> {
+    let octets: Vec<Option<u8>> = given.split('.').map(|o| o.parse().ok()).collect();
+    match octets.as_slice() {
+        [Some(a), Some(b)] if *a > 0 && *a < 224 && *a != 127 => Ok(format!("{a}.{b}")),
+        _ => Err(Code::Usage.err(format!("--subnet {given:?}: expected two octets")).cure("for instance --subnet 10.213")),
+    }
+}
+
+/// A private /16 that no route of this host overlaps.
+fn free_subnet(facts: &Facts) -> Result<String> {
+    let candidates = ["172.31", "172.30", "172.29", "172.28", "10.213", "10.214", "10.215"];
+    let overlaps = |candidate: &str| {
+        let net: Ipv4Addr = format!("{candidate}.0.0").parse().unwrap_or(Ipv4Addr::UNSPECIFIED);
+        facts.routes.iter().any(|(dest, bits)| {
+            let mask = u32::MAX.checked_shl(32 - u32::from((*bits).min(16))).unwrap_or(0);
+            u32::from(*dest) & mask == u32::from(net) & mask
+        })
+    };
+    candidates.into_iter().find(|c| !overlaps(c)).map(str::to_owned).ok_or_else(|| {
+        Code::Preflight
+            .err("every network zd would take for containers overlaps a route of this host")
+            .cure("name one that is free in this plant: --subnet A.B (a /16)")
+    })
+}
+
+/// Docker is here because a receipt of ours says we brought it.
+fn docker_is_ours() -> Result<bool> {
+    let ours = |r: &Receipt| {
+        r.steps.iter().any(|i| {
+            matches!(&i.undo, Undo::Purge { packages, .. } if !i.undone && packages.iter().any(|p| p.starts_with("docker.io") || p.starts_with("docker-ce")))
+        })
+    };
+    Ok(receipt::all()?.iter().any(ours))
+}
+
+/// Sum of the Installed-Size fields of the carried packages (deb-control(5), in KiB).
+fn installed_size(bundle: &Bundle) -> Result<u64> {
+    let Some(index) = &bundle.lock.apt_index else { return Ok(0) };
+    let text = String::from_utf8(bundle.small_blob(index)?).or_code(Code::Bundle, "the apt index")?;
+    let sizes = text.lines().filter_map(|l| l.strip_prefix("Installed-Size: ")?.trim().parse::<u64>().ok());
+    Ok(sizes.sum::<u64>() * 1024)
+}

@@ -1,0 +1,82 @@
+//! `zd keygen`: the key pair that signs bundles.
+
+use std::fs::OpenOptions;
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use crate::bundle::signature;
+use crate::error::{At, Code, Result};
+use crate::ui::Ui;
+
+/// Make the key pair that signs bundles
+#[derive(clap::Args)]
+#[command(after_help = "Examples:\n  zd keygen                 zd.key (keep it) and zd.pub (give it away) here\n  \
+                        zd keygen --out keys/site --password")]
+pub struct Args {
+    /// Where to write: PREFIX.key and PREFIX.pub
+    #[arg(long, value_name = "PREFIX", default_value = "zd")]
+    out: PathBuf,
+    /// Protect the secret key with a password (asked for, or $ZD_KEY_PASSWORD)
+    #[arg(long)]
+    password: bool,
+}
+
+#[derive(Serialize)]
+struct Report {
+    secret: PathBuf,
+    public: PathBuf,
+    key: String,
+    fingerprint: String,
+}
+
+pub fn run(args: Args, ui: &Ui) -> Result<()> {
+    let password = if args.password { Some(ask_password(true)?) } else { None };
+    let (secret_text, key) = signature::generate(password)?;
+    let (secret, public) = (with_suffix(&args.out, ".key"), with_suffix(&args.out, ".pub"));
+    create(&secret, &secret_text, 0o600)?;
+    create(&public, &key.file_text(), 0o644)?;
+    let report = Report { secret, public, key: key.line.clone(), fingerprint: key.fingerprint() };
+    ui.report(&report, |r| {
+        format!(
+            "secret key   {} (keep it off the stick)\npublic key   {}\nfingerprint  {}",
+            r.secret.display(),
+            r.public.display(),
+            r.fingerprint
+        )
+    });
+    Ok(())
+}
+
+/// From `$ZD_KEY_PASSWORD` or the prompt.
+pub fn ask_password(twice: bool) -> Result<String> {
+    if let Ok(password) = std::env::var("ZD_KEY_PASSWORD") {
+        return Ok(password);
+    }
+    let mut prompt = dialoguer::Password::new().with_prompt("password of the secret key");
+    if twice {
+        prompt = prompt.with_confirmation("again", "the two differ");
+    }
+    prompt.interact().map_err(|e| {
+        Code::Usage.err(format!("no password: {e}")).cure("set ZD_KEY_PASSWORD where there is no terminal")
+    })
+}
+
+fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    name.into()
+}
+
+fn create(path: &Path, text: &str, mode: u32) -> Result<()> {
+    let file = OpenOptions::new().write(true).create_new(true).mode(mode).open(path);
+    let mut file = file.map_err(|e| match e.kind() {
+        std::io::ErrorKind::AlreadyExists => Code::Usage
+            .err(format!("{} is there already", path.display()))
+            .cure("a key is never overwritten: choose another --out"),
+        _ => crate::error::io(path, e),
+    })?;
+    file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).at(path)
+}

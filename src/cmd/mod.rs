@@ -1,0 +1,100 @@
+//! The command line: one file per verb, each with its `Args` and a `run` that reads as its pipeline.
+
+pub mod completions;
+pub mod deploy;
+pub mod doctor;
+pub mod history;
+pub mod inspect;
+pub mod install;
+pub mod keygen;
+pub mod loadtest;
+pub mod man;
+pub mod pack;
+pub mod rollback;
+pub mod status;
+pub mod switch;
+pub mod undo;
+pub mod uninstall;
+pub mod verify;
+
+use clap::{Parser, Subcommand};
+
+use crate::error::Result;
+use crate::ui::Ui;
+
+#[derive(Parser)]
+#[command(
+    name = "zd",
+    version,
+    about = "Carries a zero-downtime stack into places without a network",
+    after_help = "Exit codes: 0 done; 1 fault of zd; 2 usage; 3 manifest or source; 4 bundle or signature; \
+                  5 host not fit; 6 file, disk or command; 7 docker, registry or nginx; \
+                  8 unhealthy, not drained, unverified; 9 locked or unfinished; 10 not installed, unknown version; \
+                  11 audit chain broken; 12 load test failed",
+    max_term_width = 110
+)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+    /// Print the report as JSON on stdout
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// Say nothing but warnings and errors
+    #[arg(short, long, global = true)]
+    pub quiet: bool,
+}
+
+#[derive(Subcommand)]
+pub enum Command {
+    Keygen(keygen::Args),
+    Pack(pack::Args),
+    Inspect(inspect::Args),
+    Verify(verify::Args),
+    Doctor(doctor::Args),
+    Install(install::Args),
+    Status(status::Args),
+    Deploy(deploy::Args),
+    Switch(switch::Args),
+    Rollback(rollback::Args),
+    History(history::Args),
+    Loadtest(loadtest::Args),
+    Undo(undo::Args),
+    Uninstall(uninstall::Args),
+    Completions(completions::Args),
+    Man(man::Args),
+}
+
+/// Flags of every verb that changes the host.
+#[derive(clap::Args, Clone, Default)]
+pub struct ChangeArgs {
+    /// Print the plan that the run would apply, and change nothing
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Do not ask
+    #[arg(short, long)]
+    pub yes: bool,
+    /// Why; goes to the audit log
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    pub reason: String,
+}
+
+pub async fn run(command: Command, ui: &Ui) -> Result<()> {
+    match command {
+        Command::Keygen(args) => keygen::run(args, ui),
+        Command::Pack(args) => pack::run(args, ui).await,
+        Command::Inspect(args) => inspect::run(args, ui),
+        Command::Verify(args) => verify::run(args, ui),
+        Command::Doctor(args) => doctor::run(args, ui).await,
+        Command::Install(args) => install::run(args, ui).await,
+        Command::Status(args) => status::run(args, ui).await,
+        Command::Deploy(args) => deploy::run(args, ui).await,
+        Command::Switch(args) => switch::run(args, ui).await,
+        Command::Rollback(args) => rollback::run(args, ui).await,
+        Command::History(args) => history::run(args, ui),
+        Command::Loadtest(args) => loadtest::run(args, ui).await,
+        Command::Undo(args) => undo::run(args, ui).await,
+        Command::Uninstall(args) => uninstall::run(args, ui).await,
+        Command::Completions(args) => completions::run(args),
+        Command::Man(args) => man::run(args),
+    }
+}

@@ -1,0 +1,195 @@
+//! `zd pack`: manifest -> resolve sources -> lock -> sign -> write a folder for the stick.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use jiff::Timestamp;
+use serde::Serialize;
+
+use crate::assets;
+use crate::bundle::lock::{self, Image, Lock, Role};
+use crate::bundle::manifest::{FileSource, Manifest, Target};
+use crate::bundle::signature::{Key, Signer};
+use crate::bundle::sources::cache::{Cache, hash_file};
+use crate::bundle::sources::{Blobs, apt, image, url};
+use crate::bundle::writer;
+use crate::error::{At, Code, Result};
+use crate::ids::Digest;
+use crate::ui::Ui;
+
+/// Make a signed bundle and a folder ready for the stick (on a machine with a network)
+#[derive(clap::Args)]
+#[command(after_help = "Examples:\n  zd pack manifests/demo.toml --key zd.key\n  \
+                        zd pack manifests/demo.toml --key zd.key --out /media/stick/demo")]
+pub struct Args {
+    /// The manifest
+    manifest: PathBuf,
+    /// The secret key that signs the bundle (`zd keygen` makes one)
+    #[arg(long, value_name = "FILE", default_value = "zd.key")]
+    key: PathBuf,
+    /// The folder to write; NAME-VERSION where not given
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// Pack for another target than the manifest's, such as ubuntu-24.04
+    #[arg(long)]
+    target: Option<Target>,
+}
+
+#[derive(Serialize)]
+struct Report {
+    folder: PathBuf,
+    bundle: PathBuf,
+    /// Digest of the lock, which names the bundle.
+    id: Digest,
+    bytes: u64,
+    images: usize,
+    packages: usize,
+    fingerprint: String,
+    seconds: f64,
+}
+
+pub async fn run(args: Args, ui: &Ui) -> Result<()> {
+    let start = std::time::Instant::now();
+    let manifest = read_manifest(&args)?;
+    let signer = Signer::read(&args.key, || super::keygen::ask_password(false)).map_err(|e| match e.code {
+        Code::Io if !args.key.exists() => e.cure("make one with `zd keygen`, or name it with --key"),
+        _ => e,
+    })?;
+    let folder = args.out.unwrap_or_else(|| format!("{}-{}", manifest.name, manifest.version).into());
+    fs::create_dir_all(&folder).at(&folder)?;
+
+    let cache = Cache::open()?;
+    let mut blobs = Blobs::default();
+    let target = &manifest.target;
+    let (apt_index, debs) = apt::resolve(&manifest.packages, target, &cache, &mut blobs, ui)?;
+    if !debs.is_empty() {
+        ui.done(format!("{} packages for {target}", debs.len()));
+    }
+    let mut images: Vec<Image> = Vec::new();
+    for source in &manifest.images {
+        images.push(image::resolve(source, target.deb_arch()?, &cache, &mut blobs, ui).await?);
+        ui.done(format!("image {}", source.reference));
+    }
+    let mut files = Vec::new();
+    for source in &manifest.files {
+        files.push(resolve_file(source, &cache, &mut blobs, ui).await?);
+        ui.done(format!("file {}", source.name));
+    }
+
+    let (blob_list, paths) = blobs.into_sorted();
+    let lock = Lock {
+        schema: 1,
+        name: manifest.name,
+        version: manifest.version,
+        created: Timestamp::from_second(Timestamp::now().as_second()).unwrap_or_default(),
+        packed_by: env!("CARGO_PKG_VERSION").into(),
+        engine: manifest.engine,
+        target: manifest.target,
+        packages: manifest.packages,
+        apt_index,
+        debs,
+        images,
+        files,
+        services: manifest.services,
+        blobs: blob_list,
+    };
+    let bundle = folder.join(format!("{}.zd.tar", lock.title()));
+    let bar = ui.bytes("write bundle", lock.blobs.iter().map(|b| b.size).sum());
+    let (digest, bytes) = writer::write(&bundle, &lock, &signer, &paths, |n| bar.inc(n))?;
+    bar.finish_and_clear();
+    write_companions(&folder, &bundle, &digest, &signer.key)?;
+
+    let report = Report {
+        folder,
+        bundle,
+        id: Digest::of(&lock.to_bytes()),
+        bytes,
+        images: lock.images.len(),
+        packages: lock.debs.len(),
+        fingerprint: signer.key.fingerprint(),
+        seconds: start.elapsed().as_secs_f64(),
+    };
+    ui.report(&report, |r| {
+        format!(
+            "packed {} for {}: {} images, {} packages, {} in {:.1} s\nfolder       {} (copy it whole)\nfingerprint  {}\n\
+             on site      sudo ./zd install --ip auto",
+            lock.title(), lock.target, r.images, r.packages, bytesize::ByteSize(r.bytes), r.seconds,
+            r.folder.display(), r.fingerprint
+        )
+    });
+    Ok(())
+}
+
+fn read_manifest(args: &Args) -> Result<Manifest> {
+    let text = fs::read_to_string(&args.manifest).at(&args.manifest)?;
+    let mut manifest = Manifest::parse(&text).map_err(|e| e.during(args.manifest.display()))?;
+    if let Some(target) = &args.target {
+        target.codename()?;
+        target.deb_arch()?;
+        manifest.target = target.clone();
+    }
+    // Paths in a manifest are relative to it.
+    let base = args.manifest.parent().unwrap_or(Path::new(""));
+    let paths = manifest.images.iter_mut().flat_map(|i| [&mut i.oci, &mut i.docker_archive]);
+    let paths = paths.chain(manifest.files.iter_mut().map(|f| &mut f.path));
+    for path in paths.chain([&mut manifest.packages.sources]).flatten() {
+        *path = base.join(&*path);
+    }
+    Ok(manifest)
+}
+
+async fn resolve_file(source: &FileSource, cache: &Cache, blobs: &mut Blobs, ui: &Ui) -> Result<lock::File> {
+    let (digest, size, path) = match (&source.url, &source.sha256, &source.path) {
+        (Some(url), Some(sum), _) => {
+            let digest: Digest = format!("sha256:{sum}").parse().map_err(|e: String| Code::Manifest.err(e))?;
+            let (size, path) = url::fetch(source.name.as_str(), url, &digest, cache, ui).await?;
+            (digest, size, path)
+        }
+        (_, _, Some(path)) => {
+            let (digest, size) = hash_file(path)?;
+            (digest, size, path.clone())
+        }
+        _ => return Err(Code::Bug.err("a file source was not checked")),
+    };
+    blobs.add(digest.clone(), size, Role::File, path);
+    Ok(lock::File { name: source.name.clone(), digest })
+}
+
+/// What lies beside the bundle: zd itself, the public key, instructions, and sums for `sha256sum -c`.
+fn write_companions(folder: &Path, bundle: &Path, digest: &Digest, key: &Key) -> Result<()> {
+    let own = std::env::current_exe().at("the running zd")?;
+    let tool = folder.join("zd");
+    let temp = tempfile::NamedTempFile::new_in(folder).at(folder)?;
+    fs::copy(&own, temp.path()).at(temp.path())?;
+    fs::set_permissions(temp.path(), fs::Permissions::from_mode(0o755)).at(temp.path())?;
+    temp.persist(&tool).map_err(|e| crate::error::io(&tool, e.error))?;
+
+    let fingerprint = format!(
+        "This bundle is signed with the key in zd.pub.\nIts fingerprint: {}\n\
+         Compare it with the one you were given by another way than this stick.\n",
+        key.fingerprint()
+    );
+    let texts = [
+        ("zd.pub", key.file_text()),
+        ("FINGERPRINT.txt", fingerprint),
+        ("INSTALL.md", assets::INSTALL.into()),
+        ("INSTALL.ko.md", assets::INSTALL_KO.into()),
+    ];
+    let mut sums = format!("{}  {}\n", digest.hex(), name_of(bundle));
+    sums.push_str(&format!("{}  zd\n", hash_file(&tool)?.0.hex()));
+    for (name, text) in texts {
+        let path = folder.join(name);
+        fs::write(&path, &text).at(&path)?;
+        sums.push_str(&format!("{}  {name}\n", Digest::of(text.as_bytes()).hex()));
+    }
+    let path = folder.join("SHA256SUMS");
+    fs::write(&path, sums).at(&path)?;
+    // A stick is pulled out: what was said to be packed must be on it.
+    let dir = fs::File::open(folder).at(folder)?;
+    rustix::fs::syncfs(&dir).map_err(|e| crate::error::io(folder, e.into()))
+}
+
+fn name_of(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}

@@ -1,0 +1,157 @@
+//! `zd verify`: is every byte of a bundle the one that was signed?
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use serde::Serialize;
+
+use crate::bundle::Bundle;
+use crate::bundle::manifest::Target;
+use crate::bundle::signature::Key;
+use crate::error::{Code, Result};
+use crate::host::paths;
+use crate::ids::Digest;
+use crate::ui::Ui;
+
+/// Check a bundle's signature and every byte of it
+#[derive(clap::Args)]
+#[command(after_help = "Examples:\n  ./zd verify                        the bundle beside zd\n  \
+                        zd verify demo-1.zd.tar --key zd.pub")]
+pub struct Args {
+    #[command(flatten)]
+    pub bundle: BundleArgs,
+}
+
+/// Which bundle, and whose signature counts.
+#[derive(clap::Args, Clone, Default)]
+pub struct BundleArgs {
+    /// The bundle; the one beside zd where not given
+    pub bundle: Option<PathBuf>,
+    /// Public key to trust: a file, or the key's line. Else /etc/zd/trust/, else zd.pub beside the bundle
+    #[arg(long, value_name = "FILE|KEY")]
+    pub key: Option<String>,
+}
+
+/// How a bundle's key came to be trusted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Trust {
+    Given,
+    Pinned,
+    /// The key beside the bundle, on a host that trusts none yet. Whoever could swap it could swap zd
+    /// beside it too, so it is as good as the stick; from the first install on it is pinned.
+    FirstUse,
+}
+
+impl BundleArgs {
+    pub fn open(&self) -> Result<(Bundle, Trust)> {
+        let path = self.path()?;
+        let (keys, trust) = self.keys(&path)?;
+        Ok((Bundle::open(&path, &keys)?, trust))
+    }
+
+    fn path(&self) -> Result<PathBuf> {
+        if let Some(path) = &self.bundle {
+            return Ok(path.clone());
+        }
+        let dir = std::env::current_exe().ok().and_then(|p| p.parent().map(Path::to_owned)).unwrap_or_default();
+        let mut found: Vec<PathBuf> = std::fs::read_dir(&dir)
+            .map(|entries| entries.flatten().map(|e| e.path()).collect())
+            .unwrap_or_default();
+        found.retain(|p| p.to_string_lossy().ends_with(".zd.tar"));
+        match found.as_slice() {
+            [one] => Ok(one.clone()),
+            [] => Err(Code::Usage
+                .err(format!("no bundle (*.zd.tar) beside zd in {}", dir.display()))
+                .cure("name the bundle's file")),
+            many => Err(Code::Usage
+                .err(format!("{} bundles beside zd in {}", many.len(), dir.display()))
+                .cure("name the one that is meant")),
+        }
+    }
+
+    fn keys(&self, bundle: &Path) -> Result<(Vec<Key>, Trust)> {
+        if let Some(given) = &self.key {
+            let path = Path::new(given);
+            let key = if path.exists() { Key::read(path) } else { Key::parse(given) };
+            return Ok((vec![key?], Trust::Given));
+        }
+        let mut pinned = Vec::new();
+        if let Ok(dir) = std::fs::read_dir(paths::TRUST) {
+            for path in dir.flatten().map(|e| e.path()).filter(|p| p.extension().is_some_and(|e| e == "pub")) {
+                pinned.push(Key::read(&path)?);
+            }
+        }
+        if !pinned.is_empty() {
+            return Ok((pinned, Trust::Pinned));
+        }
+        let beside = bundle.parent().unwrap_or(Path::new("")).join("zd.pub");
+        if beside.exists() {
+            return Ok((vec![Key::read(&beside)?], Trust::FirstUse));
+        }
+        Err(Code::Signature
+            .err("there is no public key to check the signature with")
+            .cure("give it: --key zd.pub"))
+    }
+}
+
+/// Hashes all blobs behind a progress bar.
+pub fn verify_blobs(bundle: &Bundle, ui: &Ui) -> Result<()> {
+    let bar = ui.bytes("verify", bundle.len());
+    let result = bundle.verify(|n| bar.inc(n));
+    bar.finish_and_clear();
+    result
+}
+
+/// A bundle must be for hosts like this one.
+pub fn check_target(bundle: &Bundle, here: &Target) -> Result<()> {
+    let there = &bundle.lock.target;
+    if there == here {
+        return Ok(());
+    }
+    Err(Code::Target
+        .err(format!("the bundle is for {there}, this host is {here}"))
+        .cure(format!("bring a bundle packed for it: zd pack … --target {here}")))
+}
+
+#[derive(Serialize)]
+struct Report {
+    bundle: PathBuf,
+    id: Digest,
+    title: String,
+    target: Target,
+    bytes: u64,
+    blobs: usize,
+    fingerprint: String,
+    trust: Trust,
+    seconds: f64,
+}
+
+pub fn run(args: Args, ui: &Ui) -> Result<()> {
+    let start = Instant::now();
+    let (bundle, trust) = args.bundle.open()?;
+    verify_blobs(&bundle, ui)?;
+    let report = Report {
+        id: bundle.id.clone(),
+        title: bundle.lock.title(),
+        target: bundle.lock.target.clone(),
+        bytes: bundle.len(),
+        blobs: bundle.lock.blobs.len(),
+        fingerprint: bundle.key.fingerprint(),
+        trust,
+        seconds: start.elapsed().as_secs_f64(),
+        bundle: bundle.path.clone(),
+    };
+    ui.report(&report, |r| {
+        format!(
+            "good: {} for {}, {} in {} blobs, checked in {:.1} s\nsigned by    {} ({})",
+            r.title, r.target, bytesize::ByteSize(r.bytes), r.blobs, r.seconds, r.fingerprint,
+            match r.trust {
+                Trust::Given => "the key you gave",
+                Trust::Pinned => "trusted on this host",
+                Trust::FirstUse => "the key beside the bundle: compare it with the one you were given",
+            }
+        )
+    });
+    Ok(())
+}

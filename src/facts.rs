@@ -1,0 +1,220 @@
+//! What is read off the host before anything is decided. Read-only.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs;
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::{Path, PathBuf};
+
+use jiff::Timestamp;
+use procfs::Current;
+use serde::Serialize;
+
+use crate::bundle::manifest::Target;
+use crate::error::{At, Code, Result};
+use crate::host::firewall::Firewall;
+use crate::host::exec;
+
+#[derive(Debug, Serialize)]
+pub struct Facts {
+    pub target: Target,
+    pub root: bool,
+    pub systemd: bool,
+    pub memory_bytes: u64,
+    pub cgroup: Cgroup,
+    pub now: Timestamp,
+    pub interfaces: Vec<Interface>,
+    /// Interface of the default route.
+    pub way_out: Option<String>,
+    /// IPv4 networks this host has a route to: address and prefix length.
+    pub routes: Vec<(Ipv4Addr, u8)>,
+    pub listeners: Vec<Listener>,
+    pub firewall: Option<Firewall>,
+    /// Programs of the stack that are here already.
+    pub programs: BTreeMap<String, PathBuf>,
+    pub docker_answers: bool,
+    /// Process that holds a package manager's lock.
+    pub package_lock: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Cgroup {
+    V2,
+    V1,
+    None,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Interface {
+    pub name: String,
+    pub ip: Ipv4Addr,
+}
+
+#[derive(Debug, Serialize)]
+pub struct Listener {
+    pub ip: IpAddr,
+    pub port: u16,
+    /// `nginx (process 812, zd-nginx@hello.service)`.
+    pub owner: String,
+    /// The listener belongs to a unit of zd's.
+    pub ours: bool,
+}
+
+impl Facts {
+    pub async fn gather() -> Result<Self> {
+        let programs = ["dockerd", "nginx", "docker-registry", "consul", "nomad", "consul-template"];
+        let programs: BTreeMap<String, PathBuf> =
+            programs.into_iter().filter_map(|p| Some((p.to_owned(), which::which(p).ok()?))).collect();
+        let docker_answers = crate::host::docker::Docker::connect().await.is_ok();
+        Ok(Self {
+            target: target()?,
+            root: rustix::process::geteuid().is_root(),
+            systemd: Path::new("/run/systemd/system").exists(),
+            memory_bytes: procfs::Meminfo::current().map_or(0, |m| m.mem_total),
+            cgroup: cgroup(),
+            now: Timestamp::now(),
+            interfaces: interfaces(),
+            way_out: way_out(),
+            routes: routes(),
+            listeners: listeners(),
+            firewall: Firewall::active().await?,
+            docker_answers,
+            programs,
+            package_lock: package_lock().await,
+        })
+    }
+
+    /// The address for `--ip auto`: of the way out, else the only plausible one.
+    pub fn auto_ip(&self) -> Result<&Interface> {
+        let plausible: Vec<&Interface> = self.interfaces.iter().filter(|i| is_plausible(&i.name)).collect();
+        if let Some(found) = plausible.iter().find(|i| Some(&i.name) == self.way_out.as_ref()) {
+            return Ok(found);
+        }
+        match plausible.as_slice() {
+            [one] => Ok(one),
+            [] => Err(Code::Preflight
+                .err("this host has no network address that others could reach")
+                .cure("connect it and give it an address (ip address), then run again, or name one: --ip ADDRESS")),
+            many => {
+                let list: Vec<String> = many.iter().map(|i| format!("{} ({})", i.ip, i.name)).collect();
+                Err(Code::Preflight
+                    .err(format!("several addresses are plausible and no route leads out: {}", list.join(", ")))
+                    .cure(format!("say which one clients use: --ip {}", many[0].ip)))
+            }
+        }
+    }
+
+    pub fn has_ip(&self, ip: Ipv4Addr) -> bool {
+        self.interfaces.iter().any(|i| i.ip == ip)
+    }
+}
+
+/// Not a bridge or an end of a container's cable.
+fn is_plausible(name: &str) -> bool {
+    let virtual_ones = ["docker", "br-", "veth", "virbr", "zd0", "cni", "flannel", "nomad", "tap", "lo"];
+    !virtual_ones.iter().any(|v| name.starts_with(v)) && !Path::new("/sys/class/net").join(name).join("bridge").exists()
+}
+
+/// This host in the words of os-release(5) and uname(2).
+pub fn target() -> Result<Target> {
+    let text = fs::read_to_string("/etc/os-release").at("/etc/os-release")?;
+    let fields: HashMap<&str, &str> =
+        text.lines().filter_map(|l| l.split_once('=')).map(|(k, v)| (k, v.trim_matches('"'))).collect();
+    let field = |key: &str| fields.get(key).copied().unwrap_or("unknown").to_owned();
+    let arch = rustix::system::uname().machine().to_string_lossy().into_owned();
+    Ok(Target { os: field("ID"), release: field("VERSION_ID"), arch })
+}
+
+fn cgroup() -> Cgroup {
+    if Path::new("/sys/fs/cgroup/cgroup.controllers").exists() {
+        Cgroup::V2
+    } else if Path::new("/sys/fs/cgroup/memory").exists() {
+        Cgroup::V1
+    } else {
+        Cgroup::None
+    }
+}
+
+fn interfaces() -> Vec<Interface> {
+    let mut found: Vec<Interface> = if_addrs::get_if_addrs()
+        .unwrap_or_default()
+        .into_iter()
+        .filter_map(|i| match i.ip() {
+            IpAddr::V4(ip) if !ip.is_loopback() && !ip.is_link_local() => Some(Interface { name: i.name, ip }),
+            _ => None,
+        })
+        .collect();
+    found.sort_by(|a, b| a.name.cmp(&b.name));
+    found
+}
+
+fn route_table() -> Vec<procfs::net::RouteEntry> {
+    procfs::net::route().unwrap_or_default()
+}
+
+fn way_out() -> Option<String> {
+    let defaults = route_table().into_iter().filter(|r| r.destination.is_unspecified() && r.mask.is_unspecified());
+    defaults.min_by_key(|r| r.metrics).map(|r| r.iface)
+}
+
+fn routes() -> Vec<(Ipv4Addr, u8)> {
+    let all = route_table().into_iter().map(|r| (r.destination, u32::from(r.mask).count_ones() as u8));
+    all.filter(|(_, bits)| *bits > 0).collect()
+}
+
+fn listeners() -> Vec<Listener> {
+    let entries = [procfs::net::tcp(), procfs::net::tcp6()].into_iter().flatten().flatten();
+    let listening: Vec<_> = entries.filter(|e| e.state == procfs::net::TcpState::Listen).collect();
+    let mut owners: HashMap<u64, (String, bool)> = HashMap::new();
+    for process in procfs::process::all_processes().into_iter().flatten().flatten() {
+        let Ok(fds) = process.fd() else { continue };
+        for fd in fds.flatten() {
+            if let procfs::process::FDTarget::Socket(inode) = fd.target {
+                owners.entry(inode).or_insert_with(|| describe(&process));
+            }
+        }
+    }
+    listening
+        .into_iter()
+        .map(|e| {
+            let (owner, ours) = owners.get(&e.inode).cloned().unwrap_or_else(|| ("unknown process".into(), false));
+            Listener { ip: e.local_address.ip(), port: e.local_address.port(), owner, ours }
+        })
+        .collect()
+}
+
+fn describe(process: &procfs::process::Process) -> (String, bool) {
+    let name = process.stat().map_or_else(|_| "?".into(), |s| s.comm);
+    let cgroups = fs::read_to_string(format!("/proc/{}/cgroup", process.pid)).unwrap_or_default();
+    let unit = cgroups.split(['/', '\n']).rfind(|part| part.ends_with(".service")).unwrap_or("no unit").to_owned();
+    (format!("{name} (process {}, {unit})", process.pid), unit.starts_with("zd-"))
+}
+
+/// dpkg(1) and apt take fcntl locks; who holds one is in /proc/locks, by inode.
+async fn package_lock() -> Option<String> {
+    use std::os::unix::fs::MetadataExt;
+    let locks = fs::read_to_string("/proc/locks").ok()?;
+    for path in ["/var/lib/dpkg/lock-frontend", "/var/lib/dpkg/lock"] {
+        let Ok(meta) = fs::metadata(path) else { continue };
+        let inode = format!(":{}", meta.ino());
+        for line in locks.lines() {
+            let fields: Vec<&str> = line.split_whitespace().collect();
+            if fields.get(5).is_some_and(|f| f.ends_with(&inode)) {
+                let pid = fields.get(4).copied().unwrap_or("?");
+                let name = exec::try_run(&["ps", "-o", "comm=", "-p", pid]).await.ok()?.stdout;
+                return Some(format!("{} (process {pid}) holds {path}", name.trim()));
+            }
+        }
+    }
+    None
+}
+
+/// Free and total bytes of the file system that holds (or will hold) `path`, and which one it is.
+pub fn space(path: &Path) -> Result<(u64, u64)> {
+    use std::os::unix::fs::MetadataExt;
+    let existing = path.ancestors().find(|p| p.exists()).unwrap_or(Path::new("/"));
+    let stat = rustix::fs::statvfs(existing).map_err(|e| crate::error::io(existing, e.into()))?;
+    let device = fs::metadata(existing).at(existing)?.dev();
+    Ok((device, stat.f_bavail * stat.f_frsize))
+}
+

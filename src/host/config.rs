@@ -1,0 +1,109 @@
+//! host.toml: what was decided about this host at install; every rendered file follows from it and
+//! the lock. And the lock of the installed generation.
+
+use std::net::Ipv4Addr;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use super::paths;
+use crate::bundle::Lock;
+use crate::bundle::manifest::Service;
+use crate::error::{At, Code, OrCode, Result};
+use crate::ids::{Digest, Name, Slot};
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HostConfig {
+    pub schema: u32,
+    /// The address other machines know this host by.
+    pub ip: Ipv4Addr,
+    /// First two octets of the containers' /16: `172.31` stands for 172.31.0.0/16.
+    pub subnet: String,
+    pub registry_port: u16,
+    pub generation: u32,
+    /// Digest of the lock of the installed bundle.
+    pub bundle: Digest,
+}
+
+impl HostConfig {
+    pub fn to_toml(&self) -> Result<String> {
+        toml::to_string(self).or_code(Code::Bug, "writing host.toml")
+    }
+
+    /// `address:port` of the private registry.
+    pub fn registry(&self) -> String {
+        format!("{}:{}", self.ip, self.registry_port)
+    }
+
+    /// Name of a repository's image by digest in the private registry.
+    pub fn image(&self, repository: &Name, digest: &Digest) -> String {
+        format!("{}/{repository}@{digest}", self.registry())
+    }
+
+    /// Address of one container: third octet is the service, blue from .11, green from .21.
+    pub fn address(&self, service: usize, slot: Slot, instance: u8) -> Ipv4Addr {
+        let base = match slot {
+            Slot::Blue => 10,
+            Slot::Green => 20,
+        };
+        let mut octets = self.subnet.split('.').map(|o| o.parse().unwrap_or(0));
+        let (a, b) = (octets.next().unwrap_or(172), octets.next().unwrap_or(31));
+        Ipv4Addr::new(a, b, service as u8 + 1, base + instance)
+    }
+}
+
+/// What is installed: decisions and contents together.
+#[derive(Clone, Debug)]
+pub struct Installed {
+    pub host: HostConfig,
+    pub lock: Lock,
+}
+
+impl Installed {
+    /// None where nothing is installed (or an install has not come to its end).
+    pub fn read() -> Result<Option<Self>> {
+        let toml = Path::new(paths::HOST_TOML);
+        if !Path::new(paths::CURRENT).exists() {
+            return Ok(None);
+        }
+        let text = std::fs::read_to_string(toml).at(toml)?;
+        let host: HostConfig = toml::from_str(&text).or_code(Code::Io, paths::HOST_TOML)?;
+        let path = Path::new(paths::CURRENT).join(paths::LOCK_FILE);
+        let lock = Lock::parse(&std::fs::read(&path).at(&path)?)?;
+        Ok(Some(Self { host, lock }))
+    }
+
+    pub fn require() -> Result<Self> {
+        Self::read()?.ok_or_else(|| {
+            Code::NotInstalled
+                .err("zd is not installed on this host")
+                .cure("run `zd install --ip auto` from the stick; after a broken install run it again, or `zd undo`")
+        })
+    }
+
+    /// The named service, or the only one.
+    pub fn service(&self, name: Option<&Name>) -> Result<&Service> {
+        let all = || self.lock.services.iter().map(|s| s.name.to_string()).collect::<Vec<_>>().join(", ");
+        match (name, self.lock.services.as_slice()) {
+            (Some(name), _) => self.lock.service(name).ok_or_else(|| {
+                Code::NotInstalled
+                    .err(format!("there is no service {name} on this host"))
+                    .cure(format!("use one of: {}", all()))
+            }),
+            (None, [only]) => Ok(only),
+            (None, []) => Err(Code::NotInstalled.err("no service is installed on this host")),
+            (None, _) => Err(Code::Usage.err("more than one service is installed").cure(format!("name one: {}", all()))),
+        }
+    }
+
+    pub fn index(&self, service: &Name) -> usize {
+        self.lock.services.iter().position(|s| s.name == *service).unwrap_or(0)
+    }
+
+    /// Addresses of a slot's containers.
+    pub fn addresses(&self, service: &Service, slot: Slot) -> Vec<std::net::SocketAddr> {
+        let index = self.index(&service.name);
+        (1..=service.instances).map(|i| (self.host.address(index, slot, i), service.port).into()).collect()
+    }
+}

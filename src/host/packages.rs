@@ -1,0 +1,134 @@
+//! OS packages on the host, from the carried ones alone, through apt with a private source list.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::{exec, fs};
+use crate::bundle::sources::apt::simulated;
+use crate::error::{At, Code, Result};
+
+/// apt's lists and cache while zd installs: gone with the next boot.
+const SCRATCH: &str = "/run/zd/apt";
+
+/// What installing would do, from apt's own simulation.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Change {
+    /// Not on the host: what an undo purges.
+    pub new: Vec<String>,
+    /// On the host in another version.
+    pub upgraded: Vec<String>,
+}
+
+/// Names of `wanted` that are not installed.
+pub async fn missing(wanted: &[String]) -> Result<Vec<String>> {
+    let mut missing = Vec::new();
+    for name in wanted {
+        if !is_installed(name).await? {
+            missing.push(name.clone());
+        }
+    }
+    Ok(missing)
+}
+
+pub async fn is_installed(name: &str) -> Result<bool> {
+    let out = exec::try_run(&["dpkg-query", "-W", "-f", "${db:Status-Status}", name]).await?;
+    Ok(out.ok && out.stdout == "installed")
+}
+
+fn apt(repository: &Path, more: &[&str]) -> Result<Vec<String>> {
+    let lists = Path::new(SCRATCH).join("lists/partial");
+    std::fs::create_dir_all(&lists).at(&lists)?;
+    let source = Path::new(SCRATCH).join("zd.list");
+    // trusted: every byte was checked against the signed lock on its way here.
+    let line = format!("deb [trusted=yes] file:{} ./\n", repository.display());
+    fs::write(&source, line.as_bytes(), 0o644, None)?;
+    let mut argv = vec!["apt-get".to_owned()];
+    for option in [
+        format!("Dir::Etc::sourcelist={}", source.display()),
+        "Dir::Etc::sourceparts=/dev/null".into(),
+        format!("Dir::State::lists={SCRATCH}/lists"),
+        format!("Dir::State::extended_states={SCRATCH}/extended_states"),
+        format!("Dir::Cache={SCRATCH}"),
+        "APT::Sandbox::User=root".into(),
+        "APT::Install-Recommends=false".into(),
+        "Acquire::Languages=none".into(),
+        "DPkg::Lock::Timeout=120".into(),
+        "Dpkg::Options::=--force-confold".into(),
+    ] {
+        argv.extend(["-o".to_owned(), option]);
+    }
+    argv.extend(more.iter().map(|s| (*s).to_owned()));
+    Ok(argv)
+}
+
+/// Asks apt what installing would do; removing anything is refused.
+pub async fn simulate(repository: &Path, wanted: &[String]) -> Result<Change> {
+    exec::run(&apt(repository, &["update", "-qq"])?).await?;
+    let mut args = vec!["-s", "-qq", "install"];
+    args.extend(wanted.iter().map(String::as_str));
+    let plan = exec::run(&apt(repository, &args)?).await.map_err(|e| {
+        e.cure("the host's own packages stand in the way: `apt-get check`, `dpkg --audit`; then run it again")
+    })?;
+    let removed: Vec<&str> = plan.lines().filter_map(|l| l.strip_prefix("Remv ")).collect();
+    if !removed.is_empty() {
+        return Err(Code::Preflight
+            .err(format!("the carried packages would remove {} from this host", removed.join(", ")))
+            .cure("zd never forces that: remove what conflicts yourself, or use another host"));
+    }
+    let mut change = Change::default();
+    for (name, _) in simulated(&plan) {
+        let list = if is_installed(name).await? { &mut change.upgraded } else { &mut change.new };
+        list.push(name.to_owned());
+    }
+    Ok(change)
+}
+
+pub async fn install(repository: &Path, wanted: &[String]) -> Result<()> {
+    // Half-configured packages of an interrupted run first.
+    exec::run(&["dpkg", "--configure", "-a", "--force-confold"]).await?;
+    exec::run(&apt(repository, &["update", "-qq"])?).await?;
+    let mut args = vec!["install", "-y", "-qq", "--no-remove"];
+    args.extend(wanted.iter().map(String::as_str));
+    exec::run(&apt(repository, &args)?).await.map(drop)
+}
+
+/// Purges what zd installed. What something else needs by now is left, and named.
+pub async fn purge(names: &[String]) -> Result<Vec<String>> {
+    exec::try_run(&["dpkg", "--configure", "-a", "--force-confold"]).await?;
+    let mut here = Vec::new();
+    for name in names {
+        let out = exec::try_run(&["dpkg-query", "-W", "-f", "${db:Status-Status}", name]).await?;
+        if out.ok && out.stdout != "not-installed" {
+            here.push(name.clone());
+        }
+    }
+    if here.is_empty() {
+        return Ok(here);
+    }
+    let mut argv = vec!["dpkg".to_owned(), "--purge".to_owned()];
+    argv.extend(here.iter().cloned());
+    exec::try_run(&argv).await?;
+    let mut left = Vec::new();
+    for name in here {
+        if is_installed(&name).await? {
+            left.push(name);
+        }
+    }
+    Ok(left)
+}
+
+/// Folders that packages fill at run time and leave behind, by what was there before.
+pub fn leftovers() -> (Vec<PathBuf>, Vec<PathBuf>) {
+    let known = ["/var/lib/docker", "/var/lib/containerd", "/opt/containerd", "/etc/docker", "/var/lib/nginx"];
+    let known = known.into_iter().chain(["/etc/containerd", "/var/lib/docker-registry", "/var/log/nginx"]);
+    let (mut absent, mut empty) = (Vec::new(), Vec::new());
+    for path in known.map(PathBuf::from) {
+        match std::fs::read_dir(&path).map(|mut entries| entries.next().is_none()) {
+            Err(_) => absent.push(path),
+            Ok(true) => empty.push(path),
+            Ok(false) => {}
+        }
+    }
+    (absent, empty)
+}

@@ -1,0 +1,258 @@
+//! The plan of an install on the docker engine: facts + lock -> steps, in the order that each can rely
+//! on those before it. The link to the generation comes last: it is what makes it installed.
+
+use std::path::{Path, PathBuf};
+
+use super::{Keep, Plan, Step};
+use crate::assets;
+use crate::bundle::lock::Image;
+use crate::bundle::manifest::{ImageRef, Service};
+use crate::bundle::signature::Key;
+use crate::error::{Code, OrCode, Result};
+use crate::host::config::Installed;
+use crate::host::docker::Container;
+use crate::host::firewall::Firewall;
+use crate::host::paths::{self, NGINX_USER, REGISTRY_USER};
+use crate::host::secrets::Secret;
+use crate::host::nginx;
+use crate::ids::Slot;
+
+/// What an install depends on besides the lock.
+pub struct Inputs<'a> {
+    /// As it will be when the install is done.
+    pub installed: &'a Installed,
+    pub key: &'a Key,
+    pub lock_bytes: String,
+    /// Docker was here before us: its daemon.json is not ours to write.
+    pub foreign_docker: bool,
+    /// Opens the services' ports in this firewall.
+    pub open_firewall: Option<Firewall>,
+}
+
+/// Packages of the docker engine whose own services must not start: ours are other units.
+const MASKED: [(&str, &str); 2] = [("nginx.service", "nginx"), ("docker-registry.service", "docker-registry")];
+
+pub fn plan(inputs: &Inputs) -> Result<Plan> {
+    let installed = inputs.installed;
+    let lock = &installed.lock;
+    let mut plan = Builder { steps: Vec::new() };
+    plan.base(inputs)?;
+    if let Some(index) = &lock.apt_index {
+        let generation = paths::generation(installed.host.generation);
+        let repository = generation.join("packages");
+        plan.dir(&repository, 0o755);
+        plan.push(Step::Blob { path: repository.join("Packages"), digest: index.clone(), mode: 0o644 });
+        for deb in &lock.debs {
+            plan.push(Step::Blob { path: repository.join(&deb.file), digest: deb.digest.clone(), mode: 0o644 });
+        }
+        plan.packages(inputs, repository);
+    }
+    plan.registry(inputs)?;
+    for image in &lock.images {
+        plan.push(Step::Push { image: image.reference.to_string() });
+    }
+    if !lock.services.is_empty() {
+        plan.push(Step::Unit { name: "docker.service".into() });
+        plan.push(Step::Network { subnet: format!("{}.0.0/16", installed.host.subnet) });
+    }
+    for service in &lock.services {
+        plan.service(inputs, service)?;
+    }
+    plan.push(Step::Link {
+        path: paths::CURRENT.into(),
+        target: installed.host.generation.to_string().into(),
+    });
+    Ok(Plan { verb: "install", about: lock.title(), steps: plan.steps })
+}
+
+struct Builder {
+    steps: Vec<Step>,
+}
+
+impl Builder {
+    fn push(&mut self, step: Step) {
+        self.steps.push(step);
+    }
+
+    fn dir(&mut self, path: impl Into<PathBuf>, mode: u32) {
+        self.push(Step::Dir { path: path.into(), mode, owner: None, keep: Keep::Ours });
+    }
+
+    fn owned_dir(&mut self, path: impl Into<PathBuf>, mode: u32, owner: &str, keep: Keep) {
+        self.push(Step::Dir { path: path.into(), mode, owner: Some(owner.into()), keep });
+    }
+
+    fn file(&mut self, path: impl Into<PathBuf>, text: impl Into<String>) {
+        self.push(Step::File { path: path.into(), text: text.into(), mode: 0o644, owner: None });
+    }
+
+    fn base(&mut self, inputs: &Inputs) -> Result<()> {
+        let installed = inputs.installed;
+        let generation = paths::generation(installed.host.generation);
+        for path in [paths::OPT, "/opt/zd/bin", paths::GENERATIONS] {
+            self.dir(path, 0o755);
+        }
+        self.dir(&generation, 0o755);
+        for path in [paths::ETC, paths::TRUST, "/etc/zd/nginx"] {
+            self.dir(path, 0o755);
+        }
+        self.dir("/etc/zd/tls", 0o700);
+        for path in [paths::VAR, paths::LOG] {
+            self.push(Step::Dir { path: path.into(), mode: 0o755, owner: None, keep: Keep::Data });
+        }
+        self.push(Step::Dir { path: paths::SERVICES.into(), mode: 0o755, owner: None, keep: Keep::Data });
+        self.push(Step::Tool { path: paths::TOOL.into() });
+        self.push(Step::Link { path: paths::TOOL_LINK.into(), target: paths::TOOL.into() });
+        self.file(Path::new(paths::TRUST).join("first.pub"), inputs.key.file_text());
+        self.file(generation.join(paths::LOCK_FILE), inputs.lock_bytes.clone());
+        self.file(paths::HOST_TOML, installed.host.to_toml()?);
+        Ok(())
+    }
+
+    fn packages(&mut self, inputs: &Inputs, repository: PathBuf) {
+        let wanted: Vec<String> = inputs.installed.lock.packages.all().cloned().collect();
+        for (unit, package) in MASKED {
+            self.push(Step::Mask { unit: unit.into(), package: package.into() });
+        }
+        if !inputs.foreign_docker && !inputs.installed.lock.packages.docker.is_empty() {
+            self.push(Step::Dir { path: "/etc/docker".into(), mode: 0o755, owner: None, keep: Keep::Shared });
+            // live-restore: containers outlive a stopped daemon. Logs are bounded.
+            let daemon = serde_json::json!({
+                "live-restore": true,
+                "log-driver": "json-file",
+                "log-opts": { "max-size": "10m", "max-file": "3" },
+            });
+            self.file("/etc/docker/daemon.json", format!("{daemon:#}\n"));
+        }
+        self.push(Step::Packages { repository, wanted });
+    }
+
+    fn registry(&mut self, inputs: &Inputs) -> Result<()> {
+        let host = &inputs.installed.host;
+        self.push(Step::User { name: REGISTRY_USER.into(), home: paths::REGISTRY_DATA.into() });
+        self.push(Step::User { name: NGINX_USER.into(), home: paths::SERVICES.into() });
+        self.owned_dir(paths::REGISTRY_DATA, 0o750, REGISTRY_USER, Keep::Data);
+        self.owned_dir(paths::REGISTRY_ETC, 0o750, REGISTRY_USER, Keep::Ours);
+        self.push(Step::Secret(Secret::Ca));
+        self.push(Step::Secret(Secret::RegistryCertificate { ip: host.ip.into() }));
+        self.push(Step::Secret(Secret::RegistryPassword));
+        self.push(Step::Secret(Secret::Htpasswd));
+        for dir in ["/etc/docker", "/etc/docker/certs.d"] {
+            if dir == "/etc/docker" && self.has_dir(dir) {
+                continue;
+            }
+            self.push(Step::Dir { path: dir.into(), mode: 0o755, owner: None, keep: Keep::Shared });
+        }
+        let certs = Path::new("/etc/docker/certs.d").join(host.registry());
+        self.dir(&certs, 0o755);
+        self.push(Step::TrustCa { path: certs.join("ca.crt") });
+        let etc = paths::REGISTRY_ETC;
+        // JSON is YAML: nothing to escape (distribution's configuration reference).
+        let config = serde_json::json!({
+            "version": 0.1,
+            "log": { "level": "warn", "accesslog": { "disabled": true } },
+            "storage": {
+                "filesystem": { "rootdirectory": paths::REGISTRY_DATA },
+                "delete": { "enabled": true },
+            },
+            "http": {
+                "addr": host.registry(),
+                "tls": { "certificate": format!("{etc}/tls.crt"), "key": format!("{etc}/tls.key") },
+            },
+            "auth": { "htpasswd": { "realm": "zd", "path": format!("{etc}/htpasswd") } },
+        });
+        self.push(Step::File {
+            path: format!("{etc}/config.json").into(),
+            text: format!("{config:#}\n"),
+            mode: 0o640,
+            owner: Some(REGISTRY_USER.into()),
+        });
+        self.file(Path::new(paths::UNITS).join("zd-registry.service"), assets::REGISTRY_UNIT);
+        self.push(Step::Unit { name: "zd-registry.service".into() });
+        self.push(Step::RegistryReady);
+        Ok(())
+    }
+
+    fn has_dir(&self, dir: &str) -> bool {
+        self.steps.iter().any(|s| matches!(s, Step::Dir { path, .. } if path == Path::new(dir)))
+    }
+
+    fn service(&mut self, inputs: &Inputs, service: &Service) -> Result<()> {
+        let installed = inputs.installed;
+        let name = &service.name;
+        let base = paths::service(name);
+        self.dir(&base, 0o755);
+        self.owned_dir(base.join("tmp"), 0o700, NGINX_USER, Keep::Ours);
+        for (dir, file) in [("blue", "blue"), ("green", "green"), ("hold-blue", "held-blue"), ("hold-green", "held-green")] {
+            self.dir(base.join(dir), 0o755);
+            self.file(base.join(dir).join(file), "");
+        }
+        self.push(Step::Pointer { service: name.clone(), slot: Slot::Blue });
+        self.owned_dir(paths::log(name), 0o755, NGINX_USER, Keep::Data);
+        self.file(paths::nginx_conf(name), nginx::render(installed, service)?);
+        let unit = Path::new(paths::UNITS).join("zd-nginx@.service");
+        if !self.steps.iter().any(|s| matches!(s, Step::File { path, .. } if *path == unit)) {
+            self.file(unit, assets::NGINX_UNIT);
+        }
+        let reference = ImageRef { name: service.image.clone(), version: service.version.clone() };
+        let image = installed
+            .lock
+            .image(&reference)
+            .ok_or_else(|| Code::Bundle.err(format!("service {name}: image {reference} is not in the bundle")))?;
+        for slot in Slot::BOTH {
+            for container in containers(installed, service, slot, image) {
+                self.push(Step::Container(container));
+            }
+            self.push(Step::Healthy { service: name.clone(), slot });
+            self.push(Step::Record {
+                service: name.clone(),
+                slot,
+                version: service.version.clone(),
+                digest: image.manifest.clone(),
+            });
+        }
+        self.push(Step::Unit { name: paths::nginx_unit(name) });
+        self.push(Step::Serving { service: name.clone(), slot: Slot::Blue });
+        if let Some(kind) = inputs.open_firewall {
+            self.push(Step::Firewall { kind, port: service.listen });
+        }
+        Ok(())
+    }
+}
+
+/// A slot's containers running one image.
+pub fn containers<'a>(
+    installed: &'a Installed,
+    service: &'a Service,
+    slot: Slot,
+    image: &'a Image,
+) -> impl Iterator<Item = Container> + 'a {
+    containers_of(installed, service, slot, &image.reference, &image.manifest)
+}
+
+/// As [`containers`], by name and digest: also for images of earlier bundles.
+pub fn containers_of<'a>(
+    installed: &'a Installed,
+    service: &'a Service,
+    slot: Slot,
+    reference: &'a ImageRef,
+    digest: &'a crate::ids::Digest,
+) -> impl Iterator<Item = Container> + 'a {
+    let index = installed.index(&service.name);
+    (1..=service.instances).map(move |instance| Container {
+        name: paths::container(&service.name, slot, instance),
+        service: service.name.clone(),
+        slot,
+        version: reference.version.clone(),
+        image: installed.host.image(&reference.name, digest),
+        digest: digest.clone(),
+        ip: installed.host.address(index, slot, instance),
+        env: service.env.iter().map(|(k, v)| format!("{k}={v}")).collect(),
+        memory: i64::from(service.memory_mb) << 20,
+    })
+}
+
+/// The lock's bytes as text, as they stand in the bundle.
+pub fn lock_text(lock: &crate::bundle::Lock) -> Result<String> {
+    String::from_utf8(lock.to_bytes()).or_code(Code::Bug, "the lock is not text")
+}

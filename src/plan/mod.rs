@@ -1,0 +1,127 @@
+//! Plans: what will be done, as plain data, made from facts and a lock without side effects.
+
+pub mod deploy;
+pub mod install;
+pub mod preflight;
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::host::docker::Container;
+use crate::host::firewall::Firewall;
+use crate::host::secrets::Secret;
+use crate::ids::{Digest, Name, Slot, Version};
+
+/// One thing to bring about. Closed: dry run, check, undo and receipt all come from the same value.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "step", rename_all = "kebab-case")]
+pub enum Step {
+    Dir { path: PathBuf, mode: u32, owner: Option<String>, keep: Keep },
+    File { path: PathBuf, text: String, mode: u32, owner: Option<String> },
+    /// A blob of the bundle as a file.
+    Blob { path: PathBuf, digest: Digest, mode: u32 },
+    /// This very zd.
+    Tool { path: PathBuf },
+    Link { path: PathBuf, target: PathBuf },
+    Secret(Secret),
+    /// The CA's certificate where Docker looks for it.
+    TrustCa { path: PathBuf },
+    User { name: String, home: PathBuf },
+    /// A unit that a package brings and that must not start.
+    Mask { unit: String, package: String },
+    Packages { repository: PathBuf, wanted: Vec<String> },
+    /// Enabled and running.
+    Unit { name: String },
+    RegistryReady,
+    Push { image: String },
+    Network { subnet: String },
+    Container(Container),
+    /// All containers of the slot answer their health path.
+    Healthy { service: Name, slot: Slot },
+    /// The first pointer of a service.
+    Pointer { service: Name, slot: Slot },
+    /// Clients get healthy answers from this slot through nginx.
+    Serving { service: Name, slot: Slot },
+    /// Parked containers of the slot are no longer needed: after this there is no way back.
+    Retire { containers: Vec<String> },
+    /// What the slot holds, in the service's state.
+    Record { service: Name, slot: Slot, version: Version, digest: Digest },
+    Firewall { kind: Firewall, port: u16 },
+}
+
+/// Whether uninstall leaves a folder unless it is told to purge.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Keep {
+    /// Ours alone: goes with uninstall.
+    Ours,
+    /// The site's data: goes only with purge.
+    Data,
+    /// Shared with others: goes only when empty.
+    Shared,
+}
+
+impl Step {
+    /// For people, and the step's identity in its receipt.
+    pub fn title(&self) -> String {
+        match self {
+            Step::Dir { path, .. } => format!("folder {}", path.display()),
+            Step::File { path, .. } => format!("file {}", path.display()),
+            Step::Blob { path, .. } => format!("file {}", path.display()),
+            Step::Tool { path } => format!("zd itself as {}", path.display()),
+            Step::Link { path, target } => format!("link {} -> {}", path.display(), target.display()),
+            Step::Secret(secret) => format!("secret {}", secret.files()[0].display()),
+            Step::TrustCa { path } => format!("private CA trusted in {}", path.display()),
+            Step::User { name, .. } => format!("user {name}"),
+            Step::Mask { unit, .. } => format!("{unit} kept from starting"),
+            Step::Packages { wanted, .. } => format!("packages {}", wanted.join(" ")),
+            Step::Unit { name } => format!("{name} enabled and running"),
+            Step::RegistryReady => "registry answers".into(),
+            Step::Push { image } => format!("image {image} in the registry"),
+            Step::Network { subnet } => format!("docker network zd {subnet}"),
+            Step::Container(c) => format!("container {} {} at {}", c.name, c.version, c.ip),
+            Step::Healthy { service, slot } => format!("{service} {slot} healthy"),
+            Step::Pointer { service, slot } => format!("{service} points to {slot}"),
+            Step::Serving { service, slot } => format!("{service} serves from {slot}"),
+            Step::Retire { containers } => format!("container before no longer kept: {}", containers.join(" ")),
+            Step::Record { service, slot, version, .. } => format!("{service} {slot} recorded as {version}"),
+            Step::Firewall { kind, port } => format!("{} lets tcp {port} in", kind.name()),
+        }
+    }
+}
+
+/// What would put back what is there now. Written down, with fsync, before the step acts.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "undo", rename_all = "kebab-case")]
+pub enum Undo {
+    /// The step leaves nothing behind that another undo does not take away.
+    Nothing,
+    RemoveFiles { paths: Vec<PathBuf> },
+    RemoveDir { path: PathBuf, keep: Keep },
+    /// A small file as it was; bytes in base64.
+    RestoreFile { path: PathBuf, bytes: String, mode: u32, uid: u32, gid: u32 },
+    RestoreLink { path: PathBuf, target: PathBuf },
+    /// A folder's mode and owner as they were.
+    RestoreMode { path: PathBuf, mode: u32, uid: u32, gid: u32 },
+    RemoveUser { name: String },
+    Unmask { unit: String },
+    Purge { packages: Vec<String>, absent: Vec<PathBuf>, empty: Vec<PathBuf> },
+    StopUnit { name: String, was_enabled: bool, was_active: bool },
+    RemoveNetwork,
+    RemoveContainer { name: String },
+    /// The parked container stands and runs again.
+    PutBack { name: String },
+    /// The service's state file as it was.
+    RestoreState { service: Name, text: String },
+    CloseFirewall { kind: Firewall, port: u16 },
+}
+
+/// Steps in order. The title of each is unique within its plan.
+#[derive(Clone, Debug, Serialize)]
+pub struct Plan {
+    pub verb: &'static str,
+    /// What it is about: `demo-1`, `hello v2`.
+    pub about: String,
+    pub steps: Vec<Step>,
+}

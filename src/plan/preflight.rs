@@ -1,0 +1,229 @@
+//! Is the host fit? All findings at once; each bad one with its cure. "Could not look" is a note.
+
+use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
+use std::path::Path;
+
+use bytesize::ByteSize;
+use serde::Serialize;
+
+use crate::bundle::Lock;
+use crate::error::{Code, Error, Result};
+use crate::facts::{Cgroup, Facts, space};
+use crate::host::paths;
+
+/// Memory that dockerd, the registry and nginx need beside the services.
+const MEMORY_MIN: u64 = 768 << 20;
+/// Left free on every file system after an install, for logs and the host itself.
+const DISK_SPARE: u64 = 256 << 20;
+
+#[derive(Clone, Debug, Serialize)]
+pub struct Finding {
+    pub name: &'static str,
+    /// None: worth knowing, but no reason to stop.
+    pub good: Option<bool>,
+    pub what: String,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub cure: String,
+}
+
+impl Finding {
+    pub fn ok(name: &'static str, what: impl Into<String>) -> Self {
+        Self { name, good: Some(true), what: what.into(), cure: String::new() }
+    }
+    pub fn note(name: &'static str, what: impl Into<String>, cure: impl Into<String>) -> Self {
+        Self { name, good: None, what: what.into(), cure: cure.into() }
+    }
+    pub fn bad(name: &'static str, what: impl Into<String>, cure: impl Into<String>) -> Self {
+        Self { name, good: Some(false), what: what.into(), cure: cure.into() }
+    }
+}
+
+/// Stops with everything that is bad, if anything is.
+pub fn refuse(findings: &[Finding]) -> Result<()> {
+    let bad: Vec<&Finding> = findings.iter().filter(|f| f.good == Some(false)).collect();
+    if bad.is_empty() {
+        return Ok(());
+    }
+    let list: Vec<String> =
+        bad.iter().map(|f| format!("\n  - {}: {}\n    do: {}", f.name, f.what, f.cure)).collect();
+    Err(Error {
+        code: Code::Preflight,
+        what: format!("this host is not ready; nothing was changed. {} to mend:{}", bad.len(), list.concat()),
+        cure: Some("mend these, then run the same command again; `zd doctor` looks again".into()),
+    })
+}
+
+/// What does not depend on a bundle.
+pub fn host(facts: &Facts) -> Vec<Finding> {
+    let mut found = Vec::new();
+    found.push(if facts.root {
+        Finding::ok("root", "running as root")
+    } else {
+        Finding::bad("root", "not running as root", "sudo zd …")
+    });
+    found.push(if facts.systemd {
+        Finding::ok("systemd", "systemd runs this host")
+    } else {
+        Finding::bad("systemd", "systemd does not run this host", "use a host booted with systemd")
+    });
+    found.push(match facts.cgroup {
+        Cgroup::None => Finding::bad("cgroups", "no cgroup file system at /sys/fs/cgroup", "boot with cgroups (v2)"),
+        which => Finding::ok("cgroups", format!("{which:?}")),
+    });
+    let memory = ByteSize(facts.memory_bytes);
+    found.push(if facts.memory_bytes >= MEMORY_MIN {
+        Finding::ok("memory", memory.to_string())
+    } else {
+        let need = ByteSize(MEMORY_MIN);
+        Finding::bad("memory", format!("{memory}, {need} needed"), "use a host with more memory")
+    });
+    found.push(match &facts.package_lock {
+        None => Finding::ok("package manager", "not busy"),
+        Some(who) => Finding::bad(
+            "package manager",
+            format!("busy: {who}"),
+            "wait until it has finished (unattended-upgrades may take minutes)",
+        ),
+    });
+    found
+}
+
+/// What a bundle needs of this host.
+pub struct Wants<'a> {
+    pub lock: &'a Lock,
+    pub bundle_bytes: u64,
+    pub ip: Ipv4Addr,
+    pub registry_port: u16,
+    /// Bytes that the packages take when installed.
+    pub packages_installed: u64,
+    pub foreign_docker: bool,
+    /// Nothing of this bundle is here yet: space has to be there for all of it.
+    pub fresh: bool,
+}
+
+pub fn bundle(facts: &Facts, wants: &Wants) -> Result<Vec<Finding>> {
+    let lock = wants.lock;
+    let mut found = Vec::new();
+    found.push(if lock.target == facts.target {
+        Finding::ok("target", facts.target.to_string())
+    } else {
+        Finding::bad(
+            "target",
+            format!("the bundle is for {}, this host is {}", lock.target, facts.target),
+            format!("bring a bundle packed for it: zd pack … --target {}", facts.target),
+        )
+    });
+    found.push(if facts.has_ip(wants.ip) {
+        Finding::ok("address", wants.ip.to_string())
+    } else {
+        let have: Vec<String> = facts.interfaces.iter().map(|i| i.ip.to_string()).collect();
+        Finding::bad(
+            "address",
+            format!("{} is not an address of this host", wants.ip),
+            format!("use one of: {}", have.join(", ")),
+        )
+    });
+    found.push(if facts.now >= lock.created {
+        Finding::ok("clock", facts.now.strftime("%F %T UTC").to_string())
+    } else {
+        Finding::bad(
+            "clock",
+            format!("this host says {}, but the bundle was packed {}", facts.now, lock.created),
+            "set the clock: timedatectl set-time 'YYYY-MM-DD hh:mm:ss'",
+        )
+    });
+    ports(facts, wants, &mut found);
+    programs(facts, wants, &mut found);
+    if wants.fresh {
+        disks(wants, &mut found)?;
+    }
+    firewall(facts, lock, &mut found);
+    Ok(found)
+}
+
+fn ports(facts: &Facts, wants: &Wants, found: &mut Vec<Finding>) {
+    let services = wants.lock.services.iter();
+    let wanted = services.flat_map(|s| [(s.listen, "service"), (s.standby_listen, "standby entry")]);
+    for (port, what) in wanted.chain([(wants.registry_port, "private registry")]) {
+        match facts.listeners.iter().find(|l| l.port == port && !l.ours) {
+            None => found.push(Finding::ok("port", format!("{port} for the {what} is free"))),
+            Some(l) => found.push(Finding::bad(
+                "port",
+                format!("{port} for the {what} is taken by {}", l.owner),
+                "stop it, or give the service another port in the manifest",
+            )),
+        }
+    }
+}
+
+fn programs(facts: &Facts, wants: &Wants, found: &mut Vec<Finding>) {
+    if wants.foreign_docker {
+        found.push(if facts.docker_answers {
+            Finding::note(
+                "docker",
+                "was here before zd: it is used as it is and left at uninstall",
+                "set \"live-restore\": true in /etc/docker/daemon.json at the next occasion",
+            )
+        } else {
+            Finding::bad("docker", "is installed and does not answer", "systemctl start docker, or remove it")
+        });
+    }
+    for name in ["consul", "nomad", "consul-template"] {
+        if let Some(path) = facts.programs.get(name) {
+            let what = format!("{} was here before zd; this engine does not use it", path.display());
+            found.push(Finding::note(name_of(name), what, "nothing: zd leaves it alone"));
+        }
+    }
+}
+
+fn name_of(program: &str) -> &'static str {
+    match program {
+        "consul" => "consul",
+        "nomad" => "nomad",
+        _ => "consul-template",
+    }
+}
+
+/// Exact needs, added up per file system.
+fn disks(wants: &Wants, found: &mut Vec<Finding>) -> Result<()> {
+    let lock = wants.lock;
+    let sizes = |role| lock.blobs.iter().filter(|b| b.role == role).map(|b| b.size).sum::<u64>();
+    use crate::bundle::lock::Role;
+    let images: u64 = sizes(Role::ImageLayer) + sizes(Role::ImageConfig) + sizes(Role::ImageManifest);
+    let unpacked: u64 = lock.images.iter().map(|i| i.unpacked).sum();
+    let needs = [
+        (paths::OPT, sizes(Role::Deb) + sizes(Role::AptIndex) + (64 << 20)),
+        ("/usr", wants.packages_installed),
+        (paths::VAR, images),
+        ("/var/lib/docker", unpacked),
+    ];
+    let mut by_device: BTreeMap<u64, (u64, u64, Vec<&str>)> = BTreeMap::new();
+    for (path, need) in needs {
+        let (device, free) = space(Path::new(path))?;
+        let entry = by_device.entry(device).or_insert((0, free, Vec::new()));
+        entry.0 += need;
+        entry.2.push(path);
+    }
+    for (need, free, on) in by_device.into_values() {
+        let need = need + DISK_SPARE;
+        let on = on.join(", ");
+        let what = format!("{} needed, {} free for {on}", ByteSize(need), ByteSize(free));
+        found.push(if need <= free {
+            Finding::ok("disk", what)
+        } else {
+            Finding::bad("disk", what, format!("free {} there", ByteSize(need - free)))
+        });
+    }
+    Ok(())
+}
+
+fn firewall(facts: &Facts, lock: &Lock, found: &mut Vec<Finding>) {
+    let Some(kind) = facts.firewall else { return };
+    let ports: Vec<String> = lock.services.iter().map(|s| format!("tcp {}", s.listen)).collect();
+    found.push(Finding::note(
+        "firewall",
+        format!("{} is active; clients need {}", kind.name(), ports.join(", ")),
+        "--open-firewall opens them",
+    ));
+}

@@ -1,0 +1,7 @@
+//! Services: slots, pointer, state, health, and the gate that makes a switch atomic for clients.
+
+pub mod gate;
+pub mod health;
+pub mod pointer;
+pub mod state;
+pub mod switch;

@@ -1,0 +1,72 @@
+//! What each slot of a service holds and since when: `state.json` beside the pointer. The pointer says
+//! which slot is active; this says what was put there, and what was active before.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use crate::audit::Release;
+use crate::error::{Code, OrCode, Result};
+use crate::host::{fs, paths};
+use crate::ids::{Digest, Name, Slot, Version};
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct State {
+    pub schema: u32,
+    pub slots: BTreeMap<Slot, Filled>,
+    pub active_since: Option<Timestamp>,
+    pub active_by: Option<String>,
+    /// Where `rollback` goes.
+    pub previous: Option<Release>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Filled {
+    pub version: Version,
+    pub digest: Digest,
+    pub since: Timestamp,
+    pub by: String,
+}
+
+impl Default for State {
+    fn default() -> Self {
+        Self { schema: 1, slots: BTreeMap::new(), active_since: None, active_by: None, previous: None }
+    }
+}
+
+pub fn path(service: &Name) -> PathBuf {
+    paths::service(service).join("state.json")
+}
+
+impl State {
+    /// Empty where nothing was recorded yet.
+    pub fn read(service: &Name) -> Result<Self> {
+        let path = path(service);
+        match fs::read_if_any(&path)? {
+            None => Ok(Self::default()),
+            Some(bytes) => {
+                let state: Self = serde_json::from_slice(&bytes).or_code(Code::Io, path.display())?;
+                if state.schema != 1 {
+                    return Err(Code::Io
+                        .err(format!("{}: schema {}, this zd reads 1", path.display(), state.schema))
+                        .cure("use the newer zd that wrote it: /opt/zd/bin/zd"));
+                }
+                Ok(state)
+            }
+        }
+    }
+
+    pub fn write(&self, service: &Name) -> Result<()> {
+        let mut bytes = serde_json::to_vec_pretty(self).or_code(Code::Bug, "writing a service's state")?;
+        bytes.push(b'\n');
+        fs::write(&path(service), &bytes, 0o644, None)
+    }
+
+    /// What a slot holds, as a release.
+    pub fn release(&self, slot: Slot) -> Option<Release> {
+        let filled = self.slots.get(&slot)?;
+        Some(Release { slot, version: filled.version.clone(), digest: filled.digest.clone() })
+    }
+}

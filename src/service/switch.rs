@@ -1,0 +1,272 @@
+//! The switch: check the standby, hold, drain, flip, release, verify. Nothing is reloaded; the only
+//! thing that changes for clients is one symlink.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::time::{Duration, Instant};
+
+use hdrhistogram::Histogram;
+use jiff::Timestamp;
+use serde::Serialize;
+
+use super::gate::Gate;
+use super::pointer::{self, Pointer};
+use super::state::State;
+use super::health;
+use crate::audit::{self, Event, Release};
+use crate::bundle::manifest::Service;
+use crate::error::{Code, Error, Result};
+use crate::host::config::Installed;
+use crate::host::{fs, http, paths};
+use crate::ids::{Name, Slot};
+
+/// Answers that clients must see after the switch, on fresh connections.
+const VERIFY: u32 = 10;
+const PROBE: Duration = Duration::from_secs(2);
+/// How often nginx is asked whether the old answers are out.
+const POLL: Duration = Duration::from_micros(300);
+/// The gate stays this long after the last request left it: some are still on their way.
+const LINGER: Duration = Duration::from_millis(30);
+
+#[derive(Debug, Serialize)]
+pub struct Report {
+    pub schema: u32,
+    pub service: Name,
+    pub changed: bool,
+    pub from: Release,
+    pub to: Release,
+    /// Requests that were held, and for how long.
+    pub held: u64,
+    pub held_p99_ms: f64,
+    pub held_max_ms: f64,
+    /// From hold to release.
+    pub hold_ms: f64,
+    /// The whole command.
+    pub total_ms: f64,
+    pub verified: u32,
+}
+
+/// Who asked, and why.
+pub struct Request<'a> {
+    pub verb: &'a str,
+    pub reason: &'a str,
+}
+
+/// Moves all traffic of a service to `to`. Call it while holding the lock.
+pub async fn run(installed: &Installed, service: &Service, to: Slot, request: &Request<'_>) -> Result<Report> {
+    let start = Instant::now();
+    let name = &service.name;
+    if pointer::release_stale_hold(name)? {
+        let detail = "a switch was interrupted while it held requests; its old slot serves on".to_owned();
+        audit::append(Event { verb: "switch", outcome: "recovered", service: Some(name), detail, ..Event::default() })?;
+    }
+    let from = pointer::read(name)?.slot();
+    let state = State::read(name)?;
+    let (old, new) = (release_of(&state, name, from)?, release_of(&state, name, to)?);
+    let mut report = Report {
+        schema: 1,
+        service: name.clone(),
+        changed: from != to,
+        from: old,
+        to: new,
+        held: 0,
+        held_p99_ms: 0.0,
+        held_max_ms: 0.0,
+        hold_ms: 0.0,
+        total_ms: 0.0,
+        verified: 0,
+    };
+    if from == to {
+        return Ok(report);
+    }
+    check_standby(installed, service, to).await?;
+    let event = |outcome, detail| Event {
+        verb: request.verb,
+        outcome,
+        reason: request.reason,
+        service: Some(name),
+        from: Some(report.from.clone()),
+        to: Some(report.to.clone()),
+        detail,
+    };
+    audit::append(event("begun", String::new()))?;
+    let gate = Gate::open(name)?;
+    let result = hold_and_flip(service, &gate, from, to).await;
+    let hold = match result {
+        Ok(hold) => hold,
+        Err(e) => {
+            audit::append(event("failed", e.what.clone()))?;
+            linger(&gate).await;
+            return Err(e);
+        }
+    };
+    let mut state = state;
+    state.previous = Some(report.from.clone());
+    state.active_since = Some(Timestamp::now());
+    state.active_by = Some(audit::actor());
+    state.write(name)?;
+    let verified = verify(service, to).await;
+    linger(&gate).await;
+    audit::append(event(if verified.is_ok() { "done" } else { "unverified" }, held_text(&gate)))?;
+    report.verified = verified?;
+
+    let mut waits = Histogram::<u64>::new(3).map_err(|e| Code::Bug.err(e.to_string()))?;
+    for wait in gate.waits() {
+        waits.saturating_record(wait.as_micros() as u64);
+    }
+    report.held = waits.len();
+    report.held_p99_ms = waits.value_at_quantile(0.99) as f64 / 1000.0;
+    report.held_max_ms = waits.max() as f64 / 1000.0;
+    report.hold_ms = hold.as_secs_f64() * 1000.0;
+    report.total_ms = start.elapsed().as_secs_f64() * 1000.0;
+    Ok(report)
+}
+
+fn release_of(state: &State, service: &Name, slot: Slot) -> Result<Release> {
+    state.release(slot).ok_or_else(|| {
+        Code::NotInstalled
+            .err(format!("{service}: nothing was ever deployed to {slot}"))
+            .cure(format!("zd deploy VERSION {service}"))
+    })
+}
+
+fn held_text(gate: &Gate) -> String {
+    format!("{} requests held", gate.waits().len())
+}
+
+/// The standby must be healthy at its own addresses and through nginx's standby entry.
+async fn check_standby(installed: &Installed, service: &Service, to: Slot) -> Result<()> {
+    let bad = |what: String| {
+        Code::Unhealthy
+            .err(what)
+            .cure("nothing was changed; see `zd status`, deploy a version that works, then switch")
+    };
+    for probe in health::probe(installed, service, to).await {
+        if !probe.healthy {
+            return Err(bad(format!("{} {to} at {} is not healthy: {}", service.name, probe.address, probe.answer)));
+        }
+    }
+    let entry = local(service.standby_listen);
+    for _ in 0..service.instances {
+        let answer = http::get(entry, host_name(service), &service.health, PROBE).await;
+        match answer {
+            Ok(a) if a.status == 200 && a.header("x-zd-slot") == Some(to.as_str()) => {}
+            Ok(a) => {
+                return Err(bad(format!(
+                    "the standby entry {entry} answers status {} from {}, expected 200 from {to}",
+                    a.status,
+                    a.header("x-zd-slot").unwrap_or("nobody")
+                )));
+            }
+            Err(why) => return Err(bad(format!("the standby entry {entry} does not answer: {why}"))),
+        }
+    }
+    Ok(())
+}
+
+/// Holds new requests, waits until the old answers are out, flips, releases. On any trouble before the
+/// flip all go to the old slot and nothing has changed. Returns how long requests were held.
+async fn hold_and_flip(service: &Service, gate: &Gate, from: Slot, to: Slot) -> Result<Duration> {
+    let name = &service.name;
+    let status = paths::run(name).join("status.sock");
+    let mut status = http::Connection::unix(&status).await.map_err(|why| no_status(name, &why))?;
+    writing(&mut status, name).await?;
+    let start = Instant::now();
+    pointer::swap(name, Pointer::Held(from))?;
+    let flipped = match drain(service, gate, &mut status, start).await {
+        Ok(()) => pointer::swap(name, Pointer::Active(to)),
+        Err(e) => Err(e),
+    };
+    if let Err(e) = flipped {
+        let back = pointer::swap(name, Pointer::Active(from));
+        gate.release(from);
+        back?;
+        fs::sync_dir(&paths::service(name))?;
+        return Err(e);
+    }
+    // On disk before any client sees the new version: a power cut must not bring the old one back.
+    let synced = fs::sync_dir(&paths::service(name));
+    gate.release(to);
+    synced?;
+    Ok(start.elapsed())
+}
+
+async fn drain(service: &Service, gate: &Gate, status: &mut http::Connection, start: Instant) -> Result<()> {
+    let limit = Duration::from_millis(service.drain_ms.into());
+    loop {
+        // The status request counts itself.
+        let old = writing(status, &service.name).await?.saturating_sub(gate.held_now() + 1);
+        if old == 0 {
+            return Ok(());
+        }
+        if start.elapsed() > limit {
+            return Err(Code::NotDrained
+                .err(format!(
+                    "{}: {old} requests of the old slot had no answer after {} ms; all went on to it, nothing changed",
+                    service.name, service.drain_ms
+                ))
+                .cure("try again at a quieter moment, or with more time: --drain 10s"));
+        }
+        tokio::time::sleep(POLL).await;
+    }
+}
+
+fn no_status(service: &Name, why: &str) -> Error {
+    Code::Nginx
+        .err(format!("nginx of {service} does not say how many requests it serves: {why}"))
+        .cure(format!("see `systemctl status {}`", paths::nginx_unit(service)))
+}
+
+/// Requests whose answer nginx has not finished (`Writing` of stub_status), this one included.
+async fn writing(status: &mut http::Connection, service: &Name) -> Result<u64> {
+    let answer = status.get("localhost", "/status").await.map_err(|why| no_status(service, &why))?;
+    let number = answer.body.split("Writing:").nth(1).and_then(|t| t.split_whitespace().next()?.parse().ok());
+    number.ok_or_else(|| no_status(service, "its status page is not as expected"))
+}
+
+/// Waits until nobody is at the gate any more.
+async fn linger(gate: &Gate) {
+    let mut quiet = Instant::now();
+    let start = Instant::now();
+    let mut seen = gate.waits().len();
+    while quiet.elapsed() < LINGER && start.elapsed() < Duration::from_secs(2) {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+        if gate.held_now() > 0 || gate.waits().len() != seen {
+            seen = gate.waits().len();
+            quiet = Instant::now();
+        }
+    }
+}
+
+/// What clients see now: healthy answers, all from the new slot.
+async fn verify(service: &Service, to: Slot) -> Result<u32> {
+    let entry = local(service.listen);
+    for _ in 0..VERIFY {
+        let answer = http::get(entry, host_name(service), &service.health, PROBE).await;
+        let seen = match &answer {
+            Ok(a) if a.status == 200 && a.header("x-zd-slot") == Some(to.as_str()) => continue,
+            Ok(a) => format!("status {} from {}", a.status, a.header("x-zd-slot").unwrap_or("nobody")),
+            Err(why) => why.clone(),
+        };
+        return Err(Code::Unverified
+            .err(format!("{}: after the switch {entry}{} gives {seen}, expected 200 from {to}", service.name, service.health))
+            .cure("all traffic is on the new slot; `zd rollback` moves it back, `zd status` shows what is wrong"));
+    }
+    Ok(VERIFY)
+}
+
+/// Serving check of an install: clients get healthy answers from this slot.
+pub async fn serves(service: &Service, slot: Slot) -> Result<(), String> {
+    match http::get(local(service.listen), host_name(service), &service.health, PROBE).await {
+        Ok(a) if a.status == 200 && a.header("x-zd-slot") == Some(slot.as_str()) => Ok(()),
+        Ok(a) => Err(format!("status {} from {}", a.status, a.header("x-zd-slot").unwrap_or("nobody"))),
+        Err(why) => Err(why),
+    }
+}
+
+fn local(port: u16) -> SocketAddr {
+    (Ipv4Addr::LOCALHOST, port).into()
+}
+
+fn host_name(service: &Service) -> &str {
+    service.server_names.first().map_or("localhost", String::as_str)
+}
