@@ -69,13 +69,7 @@ pub fn append(event: Event) -> Result<()> {
     for dir in [paths::LOG, paths::VAR] {
         fs::create_dir_all(dir).at(dir)?;
     }
-    let (seq, prev) = match last_line(path)? {
-        Some(line) => {
-            let last: Record = serde_json::from_str(&line).or_code(Code::Audit, "the last line of the audit log")?;
-            (last.seq + 1, Digest::of(line.as_bytes()))
-        }
-        None => (1, GENESIS.parse().map_err(|e: String| Code::Bug.err(e))?),
-    };
+    let (seq, prev) = place(last_line(path)?.as_deref(), read_head()?)?;
     let record = Record {
         schema: 1,
         seq,
@@ -98,6 +92,27 @@ pub fn append(event: Event) -> Result<()> {
     hostfs::write(Path::new(paths::AUDIT_HEAD), &head, 0o644, None)
 }
 
+/// Number and link of the next record. The head decides where the log does not agree with it: work goes
+/// on at night, and the chain stays visibly broken at the place where somebody cut or altered it.
+fn place(last: Option<&str>, head: Option<Head>) -> Result<(u64, Digest)> {
+    let record = last.and_then(|l| Some((serde_json::from_str::<Record>(l).ok()?, Digest::of(l.as_bytes()))));
+    let genesis = || GENESIS.parse().map_err(|e: String| Code::Bug.err(e));
+    Ok(match (record, head) {
+        // A crash between line and head leaves the head one behind.
+        (Some((last, hash)), Some(head)) if hash == head.hash || last.prev == head.hash => {
+            (last.seq + 1, hash)
+        }
+        (_, Some(head)) => (head.seq + 1, head.hash),
+        (Some((last, hash)), None) => (last.seq + 1, hash),
+        (None, None) => (1, genesis()?),
+    })
+}
+
+fn read_head() -> Result<Option<Head>> {
+    let head = hostfs::read_if_any(Path::new(paths::AUDIT_HEAD))?;
+    Ok(head.and_then(|h| serde_json::from_slice(&h).ok()))
+}
+
 fn last_line(path: &Path) -> Result<Option<String>> {
     let Some(bytes) = hostfs::read_if_any(path)? else { return Ok(None) };
     let text = String::from_utf8(bytes).or_code(Code::Audit, "the audit log")?;
@@ -109,9 +124,7 @@ pub fn read() -> Result<Vec<Record>> {
     let path = Path::new(paths::AUDIT);
     let text = hostfs::read_if_any(path)?.unwrap_or_default();
     let text = String::from_utf8(text).or_code(Code::Audit, "the audit log")?;
-    let head = hostfs::read_if_any(Path::new(paths::AUDIT_HEAD))?;
-    let head: Option<Head> = head.and_then(|h| serde_json::from_slice(&h).ok());
-    check(&text, head.as_ref())
+    check(&text, read_head()?.as_ref())
 }
 
 fn check(text: &str, head: Option<&Head>) -> Result<Vec<Record>> {
@@ -151,7 +164,8 @@ pub fn actor() -> String {
     // The kernel's login uid survives su and sudo (proc_pid_loginuid).
     let login = fs::read_to_string("/proc/self/loginuid").ok().and_then(|t| t.trim().parse::<u32>().ok());
     let login = login.filter(|l| *l != u32::MAX);
-    let name = var("SUDO_USER").or_else(|| user_name(login.unwrap_or(uid))).unwrap_or_else(|| format!("uid {uid}"));
+    let name =
+        var("SUDO_USER").or_else(|| user_name(login.unwrap_or(uid))).unwrap_or_else(|| format!("uid {uid}"));
     name.chars().filter(|c| !c.is_control()).take(64).collect()
 }
 
@@ -205,6 +219,9 @@ mod tests {
         assert!(check(&removed, Some(&head)).unwrap_err().what.contains("line 3"));
         let cut = lines[..3].join("\n");
         assert!(check(&cut, Some(&head)).unwrap_err().what.contains("line 5"));
+        // Cut, and written on: the cut still shows.
+        let (seq, prev) = place(Some(lines[2]), Some(Head { seq: 5, hash: head.hash.clone() })).unwrap();
+        assert_eq!((seq, prev), (6, head.hash.clone()));
         let last_changed = text.replace("\"seq\":5,", "\"seq\":5, ");
         assert!(check(&last_changed, Some(&head)).is_err());
     }

@@ -11,8 +11,8 @@ use serde::Serialize;
 
 use crate::bundle::manifest::Target;
 use crate::error::{At, Code, Result};
-use crate::host::firewall::Firewall;
 use crate::host::exec;
+use crate::host::firewall::Firewall;
 
 #[derive(Debug, Serialize)]
 pub struct Facts {
@@ -92,13 +92,16 @@ impl Facts {
         }
         match plausible.as_slice() {
             [one] => Ok(one),
-            [] => Err(Code::Preflight
-                .err("this host has no network address that others could reach")
-                .cure("connect it and give it an address (ip address), then run again, or name one: --ip ADDRESS")),
+            [] => Err(Code::Preflight.err("this host has no network address that others could reach").cure(
+                "connect it and give it an address (ip address), then run again, or name one: --ip ADDRESS",
+            )),
             many => {
                 let list: Vec<String> = many.iter().map(|i| format!("{} ({})", i.ip, i.name)).collect();
                 Err(Code::Preflight
-                    .err(format!("several addresses are plausible and no route leads out: {}", list.join(", ")))
+                    .err(format!(
+                        "several addresses are plausible and no route leads out: {}",
+                        list.join(", ")
+                    ))
                     .cure(format!("say which one clients use: --ip {}", many[0].ip)))
             }
         }
@@ -112,7 +115,8 @@ impl Facts {
 /// Not a bridge or an end of a container's cable.
 fn is_plausible(name: &str) -> bool {
     let virtual_ones = ["docker", "br-", "veth", "virbr", "zd0", "cni", "flannel", "nomad", "tap", "lo"];
-    !virtual_ones.iter().any(|v| name.starts_with(v)) && !Path::new("/sys/class/net").join(name).join("bridge").exists()
+    !virtual_ones.iter().any(|v| name.starts_with(v))
+        && !Path::new("/sys/class/net").join(name).join("bridge").exists()
 }
 
 /// This host in the words of os-release(5) and uname(2).
@@ -140,7 +144,9 @@ fn interfaces() -> Vec<Interface> {
         .unwrap_or_default()
         .into_iter()
         .filter_map(|i| match i.ip() {
-            IpAddr::V4(ip) if !ip.is_loopback() && !ip.is_link_local() => Some(Interface { name: i.name, ip }),
+            IpAddr::V4(ip) if !ip.is_loopback() && !ip.is_link_local() => {
+                Some(Interface { name: i.name, ip })
+            }
             _ => None,
         })
         .collect();
@@ -153,7 +159,8 @@ fn route_table() -> Vec<procfs::net::RouteEntry> {
 }
 
 fn way_out() -> Option<String> {
-    let defaults = route_table().into_iter().filter(|r| r.destination.is_unspecified() && r.mask.is_unspecified());
+    let defaults =
+        route_table().into_iter().filter(|r| r.destination.is_unspecified() && r.mask.is_unspecified());
     defaults.min_by_key(|r| r.metrics).map(|r| r.iface)
 }
 
@@ -177,7 +184,8 @@ fn listeners() -> Vec<Listener> {
     listening
         .into_iter()
         .map(|e| {
-            let (owner, ours) = owners.get(&e.inode).cloned().unwrap_or_else(|| ("unknown process".into(), false));
+            let (owner, ours) =
+                owners.get(&e.inode).cloned().unwrap_or_else(|| ("unknown process".into(), false));
             Listener { ip: e.local_address.ip(), port: e.local_address.port(), owner, ours }
         })
         .collect()
@@ -186,7 +194,8 @@ fn listeners() -> Vec<Listener> {
 fn describe(process: &procfs::process::Process) -> (String, bool) {
     let name = process.stat().map_or_else(|_| "?".into(), |s| s.comm);
     let cgroups = fs::read_to_string(format!("/proc/{}/cgroup", process.pid)).unwrap_or_default();
-    let unit = cgroups.split(['/', '\n']).rfind(|part| part.ends_with(".service")).unwrap_or("no unit").to_owned();
+    let unit =
+        cgroups.split(['/', '\n']).rfind(|part| part.ends_with(".service")).unwrap_or("no unit").to_owned();
     (format!("{name} (process {}, {unit})", process.pid), unit.starts_with("zd-"))
 }
 
@@ -217,4 +226,3 @@ pub fn space(path: &Path) -> Result<(u64, u64)> {
     let device = fs::metadata(existing).at(existing)?.dev();
     Ok((device, stat.f_bavail * stat.f_frsize))
 }
-

@@ -19,7 +19,7 @@ use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::sync::oneshot;
 use tokio::task::LocalSet;
@@ -75,8 +75,6 @@ pub struct Options {
 /// How far a run is; for a progress bar.
 #[derive(Debug, Default)]
 pub struct Tick {
-    pub elapsed: Duration,
-    pub sent: u64,
     pub done: u64,
     pub failed: u64,
     /// The version that the newest answer named.
@@ -112,7 +110,6 @@ pub async fn run(o: &Options, tick: impl Fn(&Tick)) -> Report {
     if let Err(e) = thread {
         return nothing_sent(o, format!("no thread for the load: {e}"));
     }
-    let begun = Instant::now();
     let mut ticks = tokio::time::interval(TICK);
     loop {
         tokio::select! {
@@ -122,7 +119,7 @@ pub async fn run(o: &Options, tick: impl Fn(&Tick)) -> Report {
                 Ok(Err(what)) => nothing_sent(o, what),
                 Err(_) => nothing_sent(o, "the load's thread died".to_owned()),
             },
-            _ = ticks.tick() => tick(&live.tick(begun)),
+            _ = ticks.tick() => tick(&live.tick()),
         }
     }
 }
@@ -144,7 +141,6 @@ fn nothing_sent(o: &Options, detail: String) -> Report {
 /// What the generating thread tells the outside while it runs.
 #[derive(Default)]
 struct Live {
-    sent: AtomicU64,
     done: AtomicU64,
     failed: AtomicU64,
     version: Mutex<String>,
@@ -152,10 +148,8 @@ struct Live {
 }
 
 impl Live {
-    fn tick(&self, begun: Instant) -> Tick {
+    fn tick(&self) -> Tick {
         Tick {
-            elapsed: begun.elapsed(),
-            sent: self.sent.load(Relaxed),
             done: self.done.load(Relaxed),
             failed: self.failed.load(Relaxed),
             version: self.version.lock().map(|v| v.clone()).unwrap_or_default(),

@@ -1,8 +1,8 @@
 //! zd carries a zero-downtime stack into places without a network. See ARCHITECTURE.md.
 
+mod apply;
 mod assets;
 mod audit;
-mod apply;
 mod bundle;
 mod cmd;
 mod error;

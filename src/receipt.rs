@@ -21,10 +21,20 @@ use crate::plan::{Plan, Undo};
 enum Entry {
     Begin(Header),
     /// The step is about to act; `undo` puts back what is there now.
-    Intend { step: String, undo: Undo },
-    Done { step: String },
-    Undone { step: String },
-    End { outcome: Outcome, at: Timestamp },
+    Intend {
+        step: String,
+        undo: Undo,
+    },
+    Done {
+        step: String,
+    },
+    Undone {
+        step: String,
+    },
+    End {
+        outcome: Outcome,
+        at: Timestamp,
+    },
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -81,7 +91,8 @@ impl Receipt {
         };
         let file = OpenOptions::new().append(true).create_new(true).open(&path).at(&path)?;
         hostfs::sync_dir(dir)?;
-        let mut receipt = Self { header: header.clone(), path, steps: Vec::new(), outcome: None, file: Some(file) };
+        let mut receipt =
+            Self { header: header.clone(), path, steps: Vec::new(), outcome: None, file: Some(file) };
         receipt.append(&Entry::Begin(header))?;
         Ok(receipt)
     }
@@ -94,7 +105,13 @@ impl Receipt {
             let entry: Entry = serde_json::from_str(line).or_code(Code::Io, path.display())?;
             match (entry, &mut receipt) {
                 (Entry::Begin(header), none @ None) => {
-                    *none = Some(Self { header, path: path.into(), steps: Vec::new(), outcome: None, file: None });
+                    *none = Some(Self {
+                        header,
+                        path: path.into(),
+                        steps: Vec::new(),
+                        outcome: None,
+                        file: None,
+                    });
                 }
                 (Entry::Intend { step, undo }, Some(r)) => {
                     r.steps.push(Intended { step, undo, done: false, undone: false });
@@ -176,7 +193,9 @@ fn list() -> Result<BTreeMap<u32, PathBuf>> {
     let Ok(entries) = fs::read_dir(dir) else { return Ok(found) };
     for path in entries.flatten().map(|e| e.path()) {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        if let Some(n) = name.split('-').next().and_then(|n| n.parse().ok()).filter(|_| name.ends_with(".jsonl")) {
+        if let Some(n) =
+            name.split('-').next().and_then(|n| n.parse().ok()).filter(|_| name.ends_with(".jsonl"))
+        {
             found.insert(n, path);
         }
     }
@@ -203,6 +222,9 @@ pub fn refuse_unfinished() -> Result<()> {
         None => Ok(()),
         Some(r) => Err(Code::Unfinished
             .err(format!("an interrupted {} of {} stands in the way", r.header.verb, r.header.about))
-            .cure(format!("run the same `zd {}` again to finish it, or `zd undo` to go back", r.header.verb))),
+            .cure(format!(
+                "run the same `zd {}` again to finish it, or `zd undo` to go back",
+                r.header.verb
+            ))),
     }
 }

@@ -28,10 +28,6 @@ impl Ui {
         Ui { json, quiet, color, bars: MultiProgress::with_draw_target(target), live }
     }
 
-    pub fn is_json(&self) -> bool {
-        self.json
-    }
-
     fn paint(&self, ansi: &str, text: &str) -> String {
         if self.color { format!("\x1b[{ansi}m{text}\x1b[0m") } else { text.to_owned() }
     }
@@ -56,11 +52,6 @@ impl Ui {
         self.say(format!("{} {}", self.paint("32", "ok  "), text.as_ref()));
     }
 
-    /// A step that had nothing to do: `same text`.
-    pub fn same(&self, text: impl AsRef<str>) {
-        self.say(format!("{} {}", self.paint("2", "same"), text.as_ref()));
-    }
-
     /// Shown even when quiet: something the person should know though zd goes on.
     pub fn warn(&self, text: impl AsRef<str>) {
         self.line(&format!("{} {}", self.paint("33", "warning:"), text.as_ref()));
@@ -77,7 +68,11 @@ impl Ui {
 
     /// A bar over `total` bytes; hidden off a terminal. Finish it with `finish_and_clear`.
     pub fn bytes(&self, label: impl Into<String>, total: u64) -> ProgressBar {
-        self.bar(label, total, "{msg:28!} {bar:24} {bytes:>10}/{total_bytes:<10} {bytes_per_sec:>12} {eta:>4}")
+        self.bar(
+            label,
+            total,
+            "{msg:28!} {bar:24} {bytes:>10}/{total_bytes:<10} {bytes_per_sec:>12} {eta:>4}",
+        )
     }
 
     /// A bar over `total` things.
@@ -139,7 +134,9 @@ impl Ui {
         let answer = dialoguer::Confirm::new().with_prompt(question).default(false).interact();
         match answer {
             Ok(true) => Ok(()),
-            _ => Err(Code::NotConfirmed.err("not confirmed; nothing was changed").cure("--yes skips the question")),
+            _ => Err(Code::NotConfirmed
+                .err("not confirmed; nothing was changed")
+                .cure("--yes skips the question")),
         }
     }
 }

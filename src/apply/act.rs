@@ -25,20 +25,49 @@ const READY: Duration = Duration::from_secs(30);
 
 pub async fn act(step: &Step, host: &Host<'_>) -> Result<()> {
     match step {
-        Step::Dir { path, mode, owner, .. } => hostfs::make_dir(path, *mode, owner.as_deref()),
-        Step::File { path, text, mode, owner } => hostfs::write(path, text.as_bytes(), *mode, owner.as_deref()),
-        Step::Blob { path, digest, mode } => extract(bundle(host)?, digest, path, *mode),
+        Step::Dir { path, mode, owner, .. } => {
+            let was_there = path.is_dir();
+            hostfs::make_dir(path, *mode, owner.as_deref())?;
+            match owner {
+                // Data that an uninstall left belongs to the number its user had then.
+                Some(owner) if was_there => {
+                    let (owner, path) = (format!("{owner}:{owner}"), path.to_string_lossy());
+                    exec::run(&["chown", "-R", "--no-dereference", &owner, "--", path.as_ref()])
+                        .await
+                        .map(drop)
+                }
+                _ => Ok(()),
+            }
+        }
+        Step::File { path, text, mode, owner } => {
+            hostfs::write(path, text.as_bytes(), *mode, owner.as_deref())
+        }
+        Step::Files { path, files } => {
+            let bar = host.ui.count("files", files.len() as u64);
+            for (name, digest) in files {
+                extract(bundle(host)?, digest, &path.join(name), 0o644)?;
+                bar.inc(1);
+            }
+            bar.finish_and_clear();
+            Ok(())
+        }
         Step::Tool { path } => copy_tool(path),
         Step::Link { path, target } => hostfs::set_link(path, target),
         Step::Secret(secret) => secret.make(),
-        Step::TrustCa { path } => {
-            hostfs::write(path, &std::fs::read(paths::CA).at(paths::CA)?, 0o644, None)
-        }
+        Step::TrustCa { path } => hostfs::write(path, &std::fs::read(paths::CA).at(paths::CA)?, 0o644, None),
         Step::User { name, home } => {
             let home = home.to_string_lossy();
             let shell = "/usr/sbin/nologin";
             exec::run(&[
-                "useradd", "--system", "--user-group", "--no-create-home", "--home-dir", home.as_ref(), "--shell", shell, name,
+                "useradd",
+                "--system",
+                "--user-group",
+                "--no-create-home",
+                "--home-dir",
+                home.as_ref(),
+                "--shell",
+                shell,
+                name,
             ])
             .await
             .map(drop)
@@ -137,7 +166,10 @@ async fn serving(service: &crate::bundle::manifest::Service, slot: Slot) -> Resu
             Ok(()) => return Ok(()),
             Err(why) if start.elapsed() > READY => {
                 return Err(Code::Nginx
-                    .err(format!("port {} of this host gives {why}, expected 200 from {slot}", service.listen))
+                    .err(format!(
+                        "port {} of this host gives {why}, expected 200 from {slot}",
+                        service.listen
+                    ))
                     .cure(format!("see `systemctl status {}`", paths::nginx_unit(&service.name))));
             }
             Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,

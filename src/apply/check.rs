@@ -20,12 +20,19 @@ use crate::service::state::{self, State};
 use crate::service::{health, pointer, switch};
 
 pub async fn check(step: &Step, host: &Host<'_>) -> Result<Check> {
-    let needed_unless = |satisfied: bool, undo: Undo| if satisfied { Check::Satisfied } else { Check::Needed(undo) };
+    let needed_unless =
+        |satisfied: bool, undo: Undo| if satisfied { Check::Satisfied } else { Check::Needed(undo) };
     Ok(match step {
         Step::Dir { path, mode, owner, keep } => dir(path, *mode, owner.as_deref(), *keep)?,
         Step::File { path, text, mode, owner } => file(path, text.as_bytes(), *mode, owner.as_deref())?,
-        Step::Blob { path, digest, .. } => {
-            needed_unless(path.exists() && hash_file(path)?.0 == *digest, remove([path.clone()]))
+        Step::Files { path, files } => {
+            let mut all = true;
+            for (name, digest) in files {
+                let file = path.join(name);
+                all = all && file.exists() && hash_file(&file)?.0 == *digest;
+            }
+            let paths = files.iter().map(|(name, _)| path.join(name)).collect();
+            needed_unless(all, Undo::RemoveFiles { paths })
         }
         Step::Tool { path } => needed_unless(is_this_tool(path)?, remove([path.clone()])),
         Step::Link { path, target } => match fs::read_link(path) {
@@ -59,7 +66,8 @@ pub async fn check(step: &Step, host: &Host<'_>) -> Result<Check> {
         }
         Step::Packages { repository, wanted } => packages_step(repository, wanted).await?,
         Step::Unit { name } => {
-            let (was_enabled, was_active) = (systemd::is_enabled(name).await?, systemd::is_active(name).await?);
+            let (was_enabled, was_active) =
+                (systemd::is_enabled(name).await?, systemd::is_active(name).await?);
             needed_unless(
                 was_enabled && was_active,
                 Undo::StopUnit { name: name.clone(), was_enabled, was_active },
@@ -108,7 +116,7 @@ pub async fn check(step: &Step, host: &Host<'_>) -> Result<Check> {
             for name in containers.clone() {
                 any |= docker(|d| async move { d.find(&name).await }).await.flatten().is_some();
             }
-            needed_unless(!any, Undo::Nothing)
+            needed_unless(!any, Undo::FinishRemoving { containers: containers.clone() })
         }
         Step::Record { service, slot, version, digest } => {
             let state = State::read(service)?;
@@ -223,8 +231,7 @@ async fn packages_step(repository: &Path, wanted: &[String]) -> Result<Check> {
         return Ok(Check::Needed(Undo::Nothing));
     }
     let change = packages::simulate(repository, wanted).await?;
-    let (absent, empty) = packages::leftovers();
-    Ok(Check::Needed(Undo::Purge { packages: change.new, absent, empty }))
+    Ok(Check::Needed(Undo::Purge { packages: change.new, leftovers: packages::Leftovers::look()? }))
 }
 
 fn is_this_tool(path: &Path) -> Result<bool> {

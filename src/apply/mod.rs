@@ -96,11 +96,18 @@ pub async fn apply(plan: &Plan, host: &Host<'_>, by: &str, bundle: Option<&Diges
 }
 
 /// Takes back what a receipt did, last first. Each undo is idempotent; a kill in between is resumed.
+/// A plan that had passed its point of no return is finished instead: nothing is taken back then.
 pub async fn undo(journal: &mut Receipt, host: &Host<'_>, purge: bool) -> Result<Vec<String>> {
     let mut taken_back = Vec::new();
+    if let Some(last) = journal.steps.last().filter(|i| matches!(i.undo, Undo::FinishRemoving { .. })) {
+        revert::revert(&last.undo.clone(), host, purge).await?;
+        journal.end(Outcome::Applied)?;
+        return Ok(taken_back);
+    }
     let todo: Vec<(String, Undo)> =
         journal.steps.iter().rev().filter(|i| !i.undone).map(|i| (i.step.clone(), i.undo.clone())).collect();
-    let bar = host.ui.count(format!("undo {} {}", journal.header.verb, journal.header.about), todo.len() as u64);
+    let bar =
+        host.ui.count(format!("undo {} {}", journal.header.verb, journal.header.about), todo.len() as u64);
     for (step, undo) in todo {
         bar.set_message(step.clone());
         revert::revert(&undo, host, purge).await.map_err(|e| e.during(format!("undoing {step}")))?;

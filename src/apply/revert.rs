@@ -47,7 +47,7 @@ pub async fn revert(undo: &Undo, host: &Host<'_>, purge: bool) -> Result<()> {
             Ok(())
         }
         Undo::Unmask { unit } => systemd::unmask(unit).await,
-        Undo::Purge { packages, absent, empty } => purge_packages(packages, absent, empty, host, purge).await,
+        Undo::Purge { packages, leftovers } => purge_packages(packages, leftovers, host, purge).await,
         Undo::StopUnit { name, was_enabled, was_active } => {
             if !was_active {
                 systemd::stop(name).await?;
@@ -70,6 +70,13 @@ pub async fn revert(undo: &Undo, host: &Host<'_>, purge: bool) -> Result<()> {
             }
             Err(_) => Ok(()),
         },
+        Undo::FinishRemoving { containers } => {
+            let docker = Docker::connect().await?;
+            for name in containers {
+                docker.remove(name).await?;
+            }
+            Ok(())
+        }
         Undo::PutBack { name } => Docker::connect().await?.put_back(name).await,
         Undo::RestoreState { service, text } => {
             hostfs::write(&crate::service::state::path(service), text.as_bytes(), 0o644, None)
@@ -84,8 +91,7 @@ fn holds_data(path: &Path) -> bool {
 
 async fn purge_packages(
     names: &[String],
-    absent: &[std::path::PathBuf],
-    empty: &[std::path::PathBuf],
+    leftovers: &packages::Leftovers,
     host: &Host<'_>,
     purge: bool,
 ) -> Result<()> {
@@ -103,15 +109,7 @@ async fn purge_packages(
     if had_docker {
         let _ = exec::try_run(&["ip", "link", "delete", "docker0"]).await;
     }
-    if purge {
-        for path in absent {
-            hostfs::remove_tree(path)?;
-        }
-        for path in empty {
-            hostfs::empty_dir(path)?;
-        }
-    }
-    Ok(())
+    leftovers.remove(purge).await
 }
 
 /// After the last undo with purge: what zd wrote before and beside its plans (receipts, audit, lock).

@@ -72,7 +72,8 @@ pub fn explain(found: &[u8; 512], expected: &str, known: impl Fn(&str) -> bool) 
         return bad(format!("the bundle ends early: member {expected} is missing"));
     }
     let name = String::from_utf8_lossy(&header.path_bytes()).into_owned();
-    let sum: u32 = found.iter().enumerate().map(|(i, b)| if (148..156).contains(&i) { 32 } else { u32::from(*b) }).sum();
+    let sum: u32 =
+        found.iter().enumerate().map(|(i, b)| if (148..156).contains(&i) { 32 } else { u32::from(*b) }).sum();
     if header.cksum().ok() != Some(sum) {
         return bad(format!("the header of member {expected} is damaged"));
     }

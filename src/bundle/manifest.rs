@@ -291,7 +291,10 @@ impl Manifest {
         for image in &self.images {
             let sources = [image.docker.is_some(), image.oci.is_some(), image.docker_archive.is_some()];
             if sources.iter().filter(|s| **s).count() != 1 {
-                found.push(format!("image {}: give exactly one of docker, oci, docker-archive", image.reference));
+                found.push(format!(
+                    "image {}: give exactly one of docker, oci, docker-archive",
+                    image.reference
+                ));
             }
             if !refs.insert(&image.reference) {
                 found.push(format!("image {} is listed twice", image.reference));
@@ -305,7 +308,10 @@ impl Manifest {
             match (&file.url, &file.sha256, &file.path) {
                 (Some(_), Some(sum), None) => {
                     if format!("sha256:{sum}").parse::<Digest>().is_err() {
-                        found.push(format!("file {}: sha256 is not 64 lower-case hexadecimal digits", file.name));
+                        found.push(format!(
+                            "file {}: sha256 is not 64 lower-case hexadecimal digits",
+                            file.name
+                        ));
                     }
                 }
                 (None, None, Some(_)) => {}
@@ -349,17 +355,22 @@ impl Manifest {
                 // Goes into nginx's configuration: nothing that could end a token there.
                 let plain = path.bytes().all(|b| b.is_ascii_alphanumeric() || b"/-_.~%".contains(&b));
                 if !path.starts_with('/') || !plain {
-                    found.push(format!("service {name}: path {path:?}: expected / and then letters, digits, - _ . ~ % /"));
+                    found.push(format!(
+                        "service {name}: path {path:?}: expected / and then letters, digits, - _ . ~ % /"
+                    ));
                 }
             }
             for host in &service.server_names {
-                if host.is_empty() || !host.bytes().all(|b| b.is_ascii_alphanumeric() || b".-*".contains(&b)) {
+                if host.is_empty() || !host.bytes().all(|b| b.is_ascii_alphanumeric() || b".-*".contains(&b))
+                {
                     found.push(format!("service {name}: server name {host:?} is not a host name"));
                 }
             }
             for net in &service.standby_allow {
                 if parse_cidr(net).is_none() {
-                    found.push(format!("service {name}: standby-allow {net:?} is not a network such as 10.1.0.0/16"));
+                    found.push(format!(
+                        "service {name}: standby-allow {net:?} is not a network such as 10.1.0.0/16"
+                    ));
                 }
             }
             for key in service.env.keys() {
@@ -372,12 +383,14 @@ impl Manifest {
             let p = &self.packages;
             for (role, list) in [("docker", &p.docker), ("registry", &p.registry), ("nginx", &p.nginx)] {
                 if list.is_empty() {
-                    found.push(format!("packages.{role} is empty: the docker engine needs it on a bare host"));
+                    found
+                        .push(format!("packages.{role} is empty: the docker engine needs it on a bare host"));
                 }
             }
         }
         for package in self.packages.all() {
-            let plain = package.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"+-.".contains(&b));
+            let plain =
+                package.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"+-.".contains(&b));
             if package.is_empty() || package.starts_with('-') || !plain {
                 found.push(format!("package {package:?} is not a package name"));
             }

@@ -198,9 +198,9 @@ impl HeadReader<'_> {
         if size > most || found != layout::header(name, size) {
             let e = layout::explain(&found, name, |n| HEAD.contains(&n) || n.starts_with("blobs/sha256/"));
             if name.ends_with(".minisig") {
-                return Err(Code::Signature.err(format!("the bundle is not signed: {}", e.what)).cure(
-                    "do not use it; `zd pack` signs every bundle: have it packed again",
-                ));
+                return Err(Code::Signature
+                    .err(format!("the bundle is not signed: {}", e.what))
+                    .cure("do not use it; `zd pack` signs every bundle: have it packed again"));
             }
             if i == 0 {
                 return Err(damaged(format!("{} is no zd bundle ({})", self.path.display(), e.what)));

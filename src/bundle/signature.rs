@@ -91,8 +91,13 @@ impl Signer {
 
     /// Signature file over `bytes`. `trusted` is signed with them and shown by minisign.
     pub fn sign(&self, bytes: &[u8], trusted: &str) -> Result<String> {
-        let signed =
-            minisign::sign(Some(&self.key.key), &self.secret, Cursor::new(bytes), Some(trusted), Some(COMMENT));
+        let signed = minisign::sign(
+            Some(&self.key.key),
+            &self.secret,
+            Cursor::new(bytes),
+            Some(trusted),
+            Some(COMMENT),
+        );
         Ok(signed.or_code(Code::Bug, "signing the lock")?.into_string())
     }
 }

@@ -54,7 +54,7 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
         ui.report(&apply::preview(&plan, &host).await?, apply::Preview::text);
         return Ok(());
     }
-    put_back_interrupted(&host).await?;
+    settle_interrupted(&host).await?;
     ui.confirm(&format!("deploy {reference} to {slot}, the standby of {}?", service.name), args.change.yes)?;
     let changed = carry_out(&plan, &host, service, slot, &reference, &digest, &args.change.reason).await?;
     let report = Report {
@@ -88,13 +88,15 @@ pub async fn find_version(installed: &Installed, reference: &ImageRef) -> Result
         .cure(format!("use one of: {}", if known.is_empty() { "(none)".into() } else { known.join(", ") })))
 }
 
-/// An interrupted deploy is taken back first: the next one starts from what was before it.
-pub async fn put_back_interrupted(host: &Host<'_>) -> Result<()> {
+/// An interrupted deploy is settled before anything else happens to the slots: taken back, or finished
+/// where it had passed the point of no return.
+pub async fn settle_interrupted(host: &Host<'_>) -> Result<()> {
     match receipt::unfinished()? {
         Some(mut journal) if journal.header.verb == "deploy" => {
-            host.ui.warn(format!("an interrupted deploy of {} is taken back first", journal.header.about));
-            apply::undo(&mut journal, host, false).await?;
-            audit::append(Event { verb: "deploy", outcome: "undone", detail: journal.header.about, ..Event::default() })
+            host.ui.warn(format!("an interrupted deploy of {} is settled first", journal.header.about));
+            let taken_back = apply::undo(&mut journal, host, false).await?;
+            let outcome = if taken_back.is_empty() { "finished" } else { "undone" };
+            audit::append(Event { verb: "deploy", outcome, detail: journal.header.about, ..Event::default() })
         }
         _ => receipt::refuse_unfinished(),
     }
@@ -130,7 +132,9 @@ pub async fn carry_out(
         }
         Err(e) => {
             if let Some(mut journal) = receipt::unfinished()? {
-                apply::undo(&mut journal, host, false).await.map_err(|u| u.during(format!("after: {e}; going back")))?;
+                apply::undo(&mut journal, host, false)
+                    .await
+                    .map_err(|u| u.during(format!("after: {e}; going back")))?;
             }
             audit::append(event("failed", e.what.clone()))?;
             Err(e)

@@ -48,7 +48,9 @@ pub async fn run(_: Args, ui: &Ui) -> Result<()> {
     if bad == 0 {
         return Ok(());
     }
-    Err(Code::Preflight.err(format!("{bad} of these are bad")).cure("do what stands under each, from the top"))
+    Err(Code::Preflight
+        .err(format!("{bad} of these are bad"))
+        .cure("do what stands under each, from the top"))
 }
 
 async fn installed_findings(installed: &Installed, facts: &Facts) -> Result<Vec<Finding>> {
@@ -57,7 +59,11 @@ async fn installed_findings(installed: &Installed, facts: &Facts) -> Result<Vec<
     found.push(if facts.has_ip(ip) {
         Finding::ok("address", ip.to_string())
     } else {
-        Finding::bad("address", format!("{ip}, which zd was installed with, is not on this host"), "give it back to an interface")
+        Finding::bad(
+            "address",
+            format!("{ip}, which zd was installed with, is not on this host"),
+            "give it back to an interface",
+        )
     });
     let status = super::status::gather(installed).await?;
     for drift in &status.drift {

@@ -8,7 +8,9 @@ use crate::ui::Ui;
 
 /// Show the audit log and check that nobody altered it
 #[derive(clap::Args)]
-#[command(after_help = "Examples:\n  zd history\n  zd history --last 5\n  zd history --json | jq '.records[].to.digest'")]
+#[command(
+    after_help = "Examples:\n  zd history\n  zd history --last 5\n  zd history --json | jq '.records[].to.digest'"
+)]
 pub struct Args {
     /// Only the last N records
     #[arg(long, value_name = "N")]

@@ -42,7 +42,13 @@ fn text(r: &Report) -> String {
     let lock = &r.lock;
     let mut out = format!(
         "{} for {}, {}, packed {} by zd {}\nlock {}\nsigned by {}\n",
-        lock.title(), lock.target, bytesize::ByteSize(r.bytes), lock.created, lock.packed_by, r.id, r.fingerprint
+        lock.title(),
+        lock.target,
+        bytesize::ByteSize(r.bytes),
+        lock.created,
+        lock.packed_by,
+        r.id,
+        r.fingerprint
     );
     for s in &lock.services {
         out.push_str(&format!(
@@ -63,7 +69,12 @@ fn text(r: &Report) -> String {
     let files = lock.files.iter().map(|f| (format!("file {}", f.name), String::new(), &f.digest));
     let debs = lock.debs.iter().map(|d| (format!("package {}", d.name), d.version.clone(), &d.digest));
     for (what, version, digest) in files.chain(debs) {
-        table.add_row([what, version, bytesize::ByteSize(lock.size_of(digest)).to_string(), digest.short().into()]);
+        table.add_row([
+            what,
+            version,
+            bytesize::ByteSize(lock.size_of(digest)).to_string(),
+            digest.short().into(),
+        ]);
     }
     out.push_str(&format!("\n{table}"));
     out

@@ -1,5 +1,6 @@
 //! `zd install`: open -> verify -> facts -> preflight -> plan -> confirm -> apply.
 
+use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 use std::time::Instant;
 
@@ -15,9 +16,10 @@ use crate::facts::{self, Facts};
 use crate::host::config::{HostConfig, Installed};
 use crate::host::lock::HostLock;
 use crate::host::{Host, paths};
-use crate::ids::Digest;
+use crate::ids::{Digest, Name};
 use crate::plan::{Undo, install as planner, preflight};
 use crate::receipt::{self, Receipt};
+use crate::service::state::State;
 use crate::ui::Ui;
 
 /// Install a bundle: registry, Docker, nginx and the services, blue and green
@@ -59,7 +61,10 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
     let (bundle, trust) = args.bundle.open()?;
     check_target(&bundle, &facts::target()?)?;
     if trust == super::verify::Trust::FirstUse {
-        ui.warn(format!("trusting the key beside the bundle from now on; its fingerprint: {}", bundle.key.fingerprint()));
+        ui.warn(format!(
+            "trusting the key beside the bundle from now on; its fingerprint: {}",
+            bundle.key.fingerprint()
+        ));
     }
     let _lock = if args.change.dry_run { None } else { Some(HostLock::take("install")?) };
     let unfinished = receipt::unfinished()?;
@@ -69,11 +74,11 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
 
     let facts = Facts::gather().await?;
     let known = known_config(&bundle)?;
-    let installed = Installed { host: decide(&args, &facts, &bundle, known.as_ref(), ui)?, lock: bundle.lock.clone() };
+    let installed =
+        Installed { host: decide(&args, &facts, &bundle, known.as_ref(), ui)?, lock: bundle.lock.clone() };
     let foreign_docker = facts.programs.contains_key("dockerd") && !docker_is_ours()?;
     let wants = preflight::Wants {
         lock: &bundle.lock,
-        bundle_bytes: bundle.len(),
         ip: installed.host.ip,
         registry_port: installed.host.registry_port,
         packages_installed: installed_size(&bundle)?,
@@ -91,6 +96,7 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
         key: &bundle.key,
         lock_bytes: planner::lock_text(&bundle.lock)?,
         foreign_docker,
+        states: states(&bundle)?,
         open_firewall,
     };
     let plan = planner::plan(&inputs)?;
@@ -102,15 +108,27 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
     }
     preflight::refuse(&findings)?;
     if known.is_none() {
-        ui.confirm(&format!("install {} on this host as {}?", bundle.lock.title(), installed.host.ip), args.change.yes)?;
+        ui.confirm(
+            &format!("install {} on this host as {}?", bundle.lock.title(), installed.host.ip),
+            args.change.yes,
+        )?;
     }
-    let summary = apply::apply(&plan, &host, &audit::actor(), Some(&bundle.id)).await.map_err(|e| match e.cure {
-        None => e.cure("mend it and run the same command again (it goes on where it stopped), or go back: zd undo"),
-        Some(_) => e,
-    })?;
+    let summary =
+        apply::apply(&plan, &host, &audit::actor(), Some(&bundle.id)).await.map_err(|e| match e.cure {
+            None => e.cure(
+                "mend it and run the same command again (it goes on where it stopped), or go back: zd undo",
+            ),
+            Some(_) => e,
+        })?;
     if !summary.done.is_empty() {
         let detail = format!("{} {} {}", bundle.lock.title(), bundle.id, installed.host.ip);
-        audit::append(Event { verb: "install", outcome: "done", reason: &args.change.reason, detail, ..Event::default() })?;
+        audit::append(Event {
+            verb: "install",
+            outcome: "done",
+            reason: &args.change.reason,
+            detail,
+            ..Event::default()
+        })?;
     }
     let report = Report {
         bundle: bundle.lock.title(),
@@ -119,7 +137,12 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
         changed: summary.done.len(),
         same: summary.same,
         seconds: start.elapsed().as_secs_f64(),
-        urls: bundle.lock.services.iter().map(|s| format!("http://{}:{}/", installed.host.ip, s.listen)).collect(),
+        urls: bundle
+            .lock
+            .services
+            .iter()
+            .map(|s| format!("http://{}:{}/", installed.host.ip, s.listen))
+            .collect(),
     };
     ui.report(&report, text);
     Ok(())
@@ -135,8 +158,18 @@ fn text(r: &Report) -> String {
     let urls: Vec<String> = r.urls.iter().map(|u| format!("\nserving  {u}")).collect();
     format!(
         "installed {} in {:.1} s ({} steps done, {} found){}\nnext     zd status, then zd deploy VERSION",
-        r.bundle, r.seconds, r.changed, r.same, urls.concat()
+        r.bundle,
+        r.seconds,
+        r.changed,
+        r.same,
+        urls.concat()
     )
+}
+
+/// What the slots of the bundle's services hold by now; nothing before the first install.
+fn states(bundle: &Bundle) -> Result<BTreeMap<Name, State>> {
+    let names = bundle.lock.services.iter().map(|s| s.name.clone());
+    names.map(|name| Ok((name.clone(), State::read(&name)?))).collect()
 }
 
 /// One bundle at a time: another one is an upgrade, or waits until this one is finished or undone.
@@ -151,7 +184,9 @@ fn refuse_other(bundle: &Bundle, unfinished: Option<&Receipt>) -> Result<()> {
     match Installed::read()? {
         Some(i) if i.host.bundle != bundle.id => Err(Code::Unfinished
             .err(format!("{} is installed here, this bundle is {}", i.lock.title(), bundle.lock.title()))
-            .cure("this zd cannot replace one bundle by another in place: zd uninstall first (data is kept)")),
+            .cure(
+                "this zd cannot replace one bundle by another in place: zd uninstall first (data is kept)",
+            )),
         _ => Ok(()),
     }
 }
@@ -164,11 +199,19 @@ fn known_config(bundle: &Bundle) -> Result<Option<HostConfig>> {
     Ok((config.bundle == bundle.id).then_some(config))
 }
 
-fn decide(args: &Args, facts: &Facts, bundle: &Bundle, known: Option<&HostConfig>, ui: &Ui) -> Result<HostConfig> {
+fn decide(
+    args: &Args,
+    facts: &Facts,
+    bundle: &Bundle,
+    known: Option<&HostConfig>,
+    ui: &Ui,
+) -> Result<HostConfig> {
     let asked = match args.ip.as_str() {
         "auto" => None,
         given => Some(given.parse::<Ipv4Addr>().map_err(|_| {
-            Code::Usage.err(format!("--ip {given:?} is not an IPv4 address")).cure("--ip auto, or one of this host's addresses")
+            Code::Usage
+                .err(format!("--ip {given:?} is not an IPv4 address"))
+                .cure("--ip auto, or one of this host's addresses")
         })?),
     };
     if let Some(known) = known {
@@ -205,7 +248,9 @@ fn check_subnet(given: &str) -> Result<String> {
     let octets: Vec<Option<u8>> = given.split('.').map(|o| o.parse().ok()).collect();
     match octets.as_slice() {
         [Some(a), Some(b)] if *a > 0 && *a < 224 && *a != 127 => Ok(format!("{a}.{b}")),
-        _ => Err(Code::Usage.err(format!("--subnet {given:?}: expected two octets")).cure("for instance --subnet 10.213")),
+        _ => Err(Code::Usage
+            .err(format!("--subnet {given:?}: expected two octets"))
+            .cure("for instance --subnet 10.213")),
     }
 }
 

@@ -13,8 +13,10 @@ use crate::ui::Ui;
 
 /// Make the key pair that signs bundles
 #[derive(clap::Args)]
-#[command(after_help = "Examples:\n  zd keygen                 zd.key (keep it) and zd.pub (give it away) here\n  \
-                        zd keygen --out keys/site --password")]
+#[command(
+    after_help = "Examples:\n  zd keygen                 zd.key (keep it) and zd.pub (give it away) here\n  \
+                        zd keygen --out keys/site --password"
+)]
 pub struct Args {
     /// Where to write: PREFIX.key and PREFIX.pub
     #[arg(long, value_name = "PREFIX", default_value = "zd")]

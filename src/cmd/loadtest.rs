@@ -23,6 +23,7 @@ nothing is retried. Exit code 12 says that a request failed, that one could not 
 were mixed, or that there were not as many changes of version as expected.";
 
 #[derive(Debug, clap::Args)]
+/// Load a service: open loop, no retries; report failures, versions seen, mixed answers
 #[command(after_help = EXAMPLES)]
 pub struct Args {
     /// http://ADDRESS[:PORT]/PATH; the address is an IP address or localhost

@@ -52,10 +52,11 @@ struct Report {
 pub async fn run(args: Args, ui: &Ui) -> Result<()> {
     let start = std::time::Instant::now();
     let manifest = read_manifest(&args)?;
-    let signer = Signer::read(&args.key, || super::keygen::ask_password(false)).map_err(|e| match e.code {
-        Code::Io if !args.key.exists() => e.cure("make one with `zd keygen`, or name it with --key"),
-        _ => e,
-    })?;
+    let signer =
+        Signer::read(&args.key, || super::keygen::ask_password(false)).map_err(|e| match e.code {
+            Code::Io if !args.key.exists() => e.cure("make one with `zd keygen`, or name it with --key"),
+            _ => e,
+        })?;
     let folder = args.out.unwrap_or_else(|| format!("{}-{}", manifest.name, manifest.version).into());
     fs::create_dir_all(&folder).at(&folder)?;
 
@@ -142,7 +143,8 @@ fn read_manifest(args: &Args) -> Result<Manifest> {
 async fn resolve_file(source: &FileSource, cache: &Cache, blobs: &mut Blobs, ui: &Ui) -> Result<lock::File> {
     let (digest, size, path) = match (&source.url, &source.sha256, &source.path) {
         (Some(url), Some(sum), _) => {
-            let digest: Digest = format!("sha256:{sum}").parse().map_err(|e: String| Code::Manifest.err(e))?;
+            let digest: Digest =
+                format!("sha256:{sum}").parse().map_err(|e: String| Code::Manifest.err(e))?;
             let (size, path) = url::fetch(source.name.as_str(), url, &digest, cache, ui).await?;
             (digest, size, path)
         }

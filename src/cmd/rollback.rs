@@ -1,7 +1,7 @@
 //! `zd rollback`: back to the slot and version before.
 
 use super::ChangeArgs;
-use super::deploy::{carry_out, put_back_interrupted};
+use super::deploy::{carry_out, settle_interrupted};
 use crate::bundle::manifest::ImageRef;
 use crate::error::{Code, Result};
 use crate::host::Host;
@@ -28,6 +28,11 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
     let _lock = if args.change.dry_run { None } else { Some(HostLock::take("rollback")?) };
     let installed = Installed::require()?;
     let service = installed.service(args.service.as_ref())?;
+    let host = Host { ui, bundle: None };
+    if !args.change.dry_run {
+        settle_interrupted(&host).await?;
+        switch::settle_killed(&service.name)?;
+    }
     let active = pointer::read(&service.name)?.slot();
     let previous = State::read(&service.name)?.previous.ok_or_else(|| {
         Code::NotInstalled
@@ -39,17 +44,19 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
     }
     let reference = ImageRef { name: service.image.clone(), version: previous.version.clone() };
     let plan = plan::deploy::plan(&installed, service, previous.slot, &reference, &previous.digest);
-    let host = Host { ui, bundle: None };
     if args.change.dry_run {
         ui.report(&crate::apply::preview(&plan, &host).await?, |p| {
             format!("{}switch {}: from {active} to {}", p.text(), service.name, previous.slot)
         });
         return Ok(());
     }
-    ui.confirm(&format!("take {} back to {} {}?", service.name, previous.slot, previous.version), args.change.yes)?;
-    put_back_interrupted(&host).await?;
+    ui.confirm(
+        &format!("take {} back to {} {}?", service.name, previous.slot, previous.version),
+        args.change.yes,
+    )?;
     // Nothing to do where it still runs; else it is started again, by the digest it had.
-    carry_out(&plan, &host, service, previous.slot, &reference, &previous.digest, &args.change.reason).await?;
+    carry_out(&plan, &host, service, previous.slot, &reference, &previous.digest, &args.change.reason)
+        .await?;
     let request = Request { verb: "rollback", reason: &args.change.reason };
     let report = switch::run(&installed, service, previous.slot, &request).await?;
     ui.report(&report, super::switch::text);

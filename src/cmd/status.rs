@@ -3,12 +3,12 @@
 use comfy_table::{Table, presets};
 use serde::Serialize;
 
+use crate::bundle::manifest::Service;
 use crate::error::Result;
 use crate::host::config::Installed;
 use crate::host::docker::{Docker, Found};
 use crate::host::{paths, systemd};
 use crate::ids::{Name, Slot};
-use crate::bundle::manifest::Service;
 use crate::service::health::{self, Probe};
 use crate::service::pointer::{self, Pointer};
 use crate::service::state::State;
@@ -126,7 +126,11 @@ async fn service_report(
                 None => None,
             };
             if docker.is_some() {
-                drift.extend(container_drift(&container, found.as_ref(), recorded.map(|r| r.digest.as_str())));
+                drift.extend(container_drift(
+                    &container,
+                    found.as_ref(),
+                    recorded.map(|r| r.digest.as_str()),
+                ));
             }
             containers.push(found);
         }
@@ -134,7 +138,9 @@ async fn service_report(
         let role = if slot == active { "active" } else { "standby" };
         if !healthy {
             let why = probes.iter().find(|p| !p.healthy).map(|p| p.answer.clone()).unwrap_or_default();
-            drift.push(format!("{name} {slot} ({role}) is not healthy ({why}): zd deploy VERSION, or docker logs"));
+            drift.push(format!(
+                "{name} {slot} ({role}) is not healthy ({why}): zd deploy VERSION, or docker logs"
+            ));
         }
         slots.push(SlotReport {
             slot,
@@ -150,7 +156,11 @@ async fn service_report(
     }
     let serving = switch::serves(service, active).await;
     if let Err(why) = &serving {
-        drift.push(format!("port {} gives {why}: systemctl status {}", service.listen, paths::nginx_unit(name)));
+        drift.push(format!(
+            "port {} gives {why}: systemctl status {}",
+            service.listen,
+            paths::nginx_unit(name)
+        ));
     }
     Ok(ServiceReport {
         name: name.clone(),
@@ -200,9 +210,12 @@ fn text(r: &Report) -> String {
             service.listen,
             service.standby_listen
         ));
-        let mut rows = table(["slot", "role", "version", "digest", "health", "since (UTC)", "by", "containers"]);
+        let mut rows =
+            table(["slot", "role", "version", "digest", "health", "since (UTC)", "by", "containers"]);
         for slot in &service.slots {
-            let short = |s: &Option<String>, n: usize| s.as_deref().unwrap_or("-").chars().take(n).collect::<String>();
+            let short = |s: &Option<String>, n: usize| {
+                s.as_deref().unwrap_or("-").chars().take(n).collect::<String>()
+            };
             let digest = slot.digest.as_deref().and_then(|d| d.strip_prefix("sha256:")).map(str::to_owned);
             let running = slot.containers.iter().flatten().filter(|c| c.running).count();
             rows.add_row([

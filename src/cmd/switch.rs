@@ -2,6 +2,7 @@
 
 use super::ChangeArgs;
 use crate::error::Result;
+use crate::host::Host;
 use crate::host::config::Installed;
 use crate::host::lock::HostLock;
 use crate::ids::{Name, Slot};
@@ -11,7 +12,9 @@ use crate::ui::Ui;
 
 /// Move all traffic to the other slot: no request fails, no versions mix
 #[derive(clap::Args)]
-#[command(after_help = "Examples:\n  zd switch\n  zd switch --to green --reason 'ticket 4711'\n  zd switch hello --drain 10s")]
+#[command(
+    after_help = "Examples:\n  zd switch\n  zd switch --to green --reason 'ticket 4711'\n  zd switch hello --drain 10s"
+)]
 pub struct Args {
     /// The service; the only one where not given
     service: Option<Name>,
@@ -42,6 +45,7 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
     if to != active {
         ui.confirm(&format!("move all traffic of {} from {active} to {to}?", service.name), args.change.yes)?;
     }
+    super::deploy::settle_interrupted(&Host { ui, bundle: None }).await?;
     let request = Request { verb: "switch", reason: &args.change.reason };
     let report = switch::run(&installed, &service, to, &request).await?;
     ui.report(&report, text);
@@ -50,12 +54,25 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
 
 pub fn text(r: &Report) -> String {
     if !r.changed {
-        return format!("{}: {} {} is active already; nothing was changed", r.service, r.to.slot, r.to.version);
+        return format!(
+            "{}: {} {} is active already; nothing was changed",
+            r.service, r.to.slot, r.to.version
+        );
     }
     format!(
         "{}: {} {} ({}) -> {} {} ({})\nheld {} requests for {:.1} ms (p99 {:.1} ms), verified {} answers, {:.0} ms in all\n\
          back  zd rollback",
-        r.service, r.from.slot, r.from.version, r.from.digest.short(), r.to.slot, r.to.version, r.to.digest.short(),
-        r.held, r.hold_ms, r.held_p99_ms, r.verified, r.total_ms
+        r.service,
+        r.from.slot,
+        r.from.version,
+        r.from.digest.short(),
+        r.to.slot,
+        r.to.version,
+        r.to.digest.short(),
+        r.held,
+        r.hold_ms,
+        r.held_p99_ms,
+        r.verified,
+        r.total_ms
     )
 }

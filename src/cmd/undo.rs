@@ -29,7 +29,8 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
     let _lock = if args.change.dry_run { None } else { Some(HostLock::take("undo")?) };
     let Some(mut journal) = receipt::unfinished()? else {
         ui.report(&Report { verb: None, undone: Vec::new() }, |_| {
-            "nothing is unfinished; `zd rollback` goes back to the version before, `zd uninstall` removes all".into()
+            "nothing is unfinished; `zd rollback` goes back to the version before, `zd uninstall` removes all"
+                .into()
         });
         return Ok(());
     };
@@ -50,7 +51,13 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
         apply::sweep()?;
     } else {
         let reason = &args.change.reason;
-        audit::append(Event { verb: &header.verb, outcome: "undone", reason, detail: header.about, ..Event::default() })?;
+        audit::append(Event {
+            verb: &header.verb,
+            outcome: "undone",
+            reason,
+            detail: header.about,
+            ..Event::default()
+        })?;
     }
     ui.report(&Report { verb: Some(header.verb), undone }, |r| {
         format!("taken back: {} steps; the host is as it was before", r.undone.len())

@@ -13,7 +13,9 @@ use crate::ui::Ui;
 
 /// Remove all that zd brought; what was there before stays. Data goes only with --purge
 #[derive(clap::Args)]
-#[command(after_help = "Examples:\n  zd uninstall --dry-run\n  zd uninstall --yes\n  zd uninstall --purge --yes")]
+#[command(
+    after_help = "Examples:\n  zd uninstall --dry-run\n  zd uninstall --yes\n  zd uninstall --purge --yes"
+)]
 pub struct Args {
     /// Remove the data too: registry, logs, audit, receipts, Docker's images
     #[arg(long)]
@@ -30,12 +32,16 @@ struct Report {
 
 pub async fn run(args: Args, ui: &Ui) -> Result<()> {
     let _lock = if args.change.dry_run { None } else { Some(HostLock::take("uninstall")?) };
-    let mut journals: Vec<Receipt> = receipt::all()?.into_iter().filter(|r| r.outcome != Some(Outcome::Undone)).collect();
+    let mut journals: Vec<Receipt> =
+        receipt::all()?.into_iter().filter(|r| r.outcome != Some(Outcome::Undone)).collect();
     if journals.is_empty() {
-        return Err(Code::NotInstalled.err("zd is not installed on this host").cure("there is nothing to remove"));
+        return Err(Code::NotInstalled
+            .err("zd is not installed on this host")
+            .cure("there is nothing to remove"));
     }
     if args.change.dry_run {
-        let steps = journals.iter().rev().filter(|r| r.header.verb == "install").flat_map(|r| r.steps.iter().rev());
+        let steps =
+            journals.iter().rev().filter(|r| r.header.verb == "install").flat_map(|r| r.steps.iter().rev());
         let undone = steps.filter(|i| !i.undone).map(|i| i.step.clone()).collect();
         ui.report(&Report { undone, purged: args.purge }, |r| {
             r.undone.iter().map(|s| format!("undo {s}\n")).collect()
@@ -53,7 +59,7 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
     let mut undone = Vec::new();
     for journal in journals.iter_mut().rev() {
         // What a deploy or a finished plan of another kind left is in what the install takes away.
-        if journal.header.verb == "install" || journal.outcome.is_none() {
+        if journal.header.verb == "install" {
             undone.extend(apply::undo(journal, &host, args.purge).await?);
         } else {
             journal.end(Outcome::Undone)?;
@@ -66,7 +72,11 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
         audit::append(Event { verb: "uninstall", outcome: "done", reason, ..Event::default() })?;
     }
     ui.report(&Report { undone, purged: args.purge }, |r| {
-        let data = if r.purged { "data included" } else { "data left in /var/lib/zd and /var/log/zd (--purge removes it)" };
+        let data = if r.purged {
+            "data included"
+        } else {
+            "data left in /var/lib/zd and /var/log/zd (--purge removes it)"
+        };
         format!("removed: {} steps taken back; {data}", r.undone.len())
     });
     Ok(())

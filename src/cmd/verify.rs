@@ -54,7 +54,8 @@ impl BundleArgs {
         if let Some(path) = &self.bundle {
             return Ok(path.clone());
         }
-        let dir = std::env::current_exe().ok().and_then(|p| p.parent().map(Path::to_owned)).unwrap_or_default();
+        let dir =
+            std::env::current_exe().ok().and_then(|p| p.parent().map(Path::to_owned)).unwrap_or_default();
         let mut found: Vec<PathBuf> = std::fs::read_dir(&dir)
             .map(|entries| entries.flatten().map(|e| e.path()).collect())
             .unwrap_or_default();
@@ -78,7 +79,8 @@ impl BundleArgs {
         }
         let mut pinned = Vec::new();
         if let Ok(dir) = std::fs::read_dir(paths::TRUST) {
-            for path in dir.flatten().map(|e| e.path()).filter(|p| p.extension().is_some_and(|e| e == "pub")) {
+            for path in dir.flatten().map(|e| e.path()).filter(|p| p.extension().is_some_and(|e| e == "pub"))
+            {
                 pinned.push(Key::read(&path)?);
             }
         }
@@ -145,7 +147,12 @@ pub fn run(args: Args, ui: &Ui) -> Result<()> {
     ui.report(&report, |r| {
         format!(
             "good: {} for {}, {} in {} blobs, checked in {:.1} s\nsigned by    {} ({})",
-            r.title, r.target, bytesize::ByteSize(r.bytes), r.blobs, r.seconds, r.fingerprint,
+            r.title,
+            r.target,
+            bytesize::ByteSize(r.bytes),
+            r.blobs,
+            r.seconds,
+            r.fingerprint,
             match r.trust {
                 Trust::Given => "the key you gave",
                 Trust::Pinned => "trusted on this host",

@@ -93,7 +93,9 @@ impl Installed {
             }),
             (None, [only]) => Ok(only),
             (None, []) => Err(Code::NotInstalled.err("no service is installed on this host")),
-            (None, _) => Err(Code::Usage.err("more than one service is installed").cure(format!("name one: {}", all()))),
+            (None, _) => Err(Code::Usage
+                .err("more than one service is installed")
+                .cure(format!("name one: {}", all()))),
         }
     }
 

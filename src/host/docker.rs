@@ -7,11 +7,11 @@ use std::time::Duration;
 use bollard::auth::DockerCredentials;
 use bollard::errors::Error as BollardError;
 use bollard::models::{
-    ContainerCreateBody, EndpointIpamConfig, EndpointSettings, HostConfig as ContainerHostConfig, Ipam, IpamConfig,
-    NetworkCreateRequest, NetworkingConfig, RestartPolicy, RestartPolicyNameEnum,
+    ContainerCreateBody, EndpointIpamConfig, EndpointSettings, HostConfig as ContainerHostConfig, Ipam,
+    IpamConfig, NetworkCreateRequest, NetworkingConfig, RestartPolicy, RestartPolicyNameEnum,
 };
 use bollard::query_parameters::{
-    CreateContainerOptionsBuilder, CreateImageOptionsBuilder, ListContainersOptionsBuilder, LogsOptionsBuilder,
+    CreateContainerOptionsBuilder, CreateImageOptionsBuilder, LogsOptionsBuilder,
     RemoveContainerOptionsBuilder, RenameContainerOptionsBuilder, StopContainerOptionsBuilder,
 };
 use futures_util::{StreamExt, TryStreamExt};
@@ -168,7 +168,9 @@ impl Docker {
         let options = CreateImageOptionsBuilder::default().from_image(image).build();
         let mut pull = self.0.create_image(Some(options), None, Some(credentials));
         // Errors arrive inside the answer as well.
-        while let Some(info) = pull.try_next().await.map_err(|e| failed(e).during(format!("pulling {image}")))? {
+        while let Some(info) =
+            pull.try_next().await.map_err(|e| failed(e).during(format!("pulling {image}")))?
+        {
             if let Some(detail) = info.error_detail {
                 let why = detail.message.unwrap_or_default();
                 return Err(Code::Docker
@@ -203,8 +205,7 @@ impl Docker {
             ("zd.version", wanted.version.to_string()),
             ("zd.digest", wanted.digest.to_string()),
         ];
-        let address =
-            EndpointIpamConfig { ipv4_address: Some(wanted.ip.to_string()), ..Default::default() };
+        let address = EndpointIpamConfig { ipv4_address: Some(wanted.ip.to_string()), ..Default::default() };
         let endpoint = EndpointSettings { ipam_config: Some(address), ..Default::default() };
         let body = ContainerCreateBody {
             image: Some(wanted.image.clone()),
@@ -259,14 +260,6 @@ impl Docker {
         }
     }
 
-    /// Every container of ours, by label.
-    pub async fn ours(&self) -> Result<Vec<String>> {
-        let filters = HashMap::from([("label".to_owned(), vec!["zd.service".to_owned()])]);
-        let options = ListContainersOptionsBuilder::default().all(true).filters(&filters).build();
-        let list = self.0.list_containers(Some(options)).await.map_err(failed)?;
-        Ok(list.into_iter().filter_map(|c| c.id).collect())
-    }
-
     /// The last lines a container wrote.
     pub async fn log_tail(&self, name: &str, lines: usize) -> String {
         let options =
@@ -277,11 +270,6 @@ impl Docker {
             text.push_str(&line.to_string());
         }
         text
-    }
-
-    /// Version of the daemon.
-    pub async fn version(&self) -> Result<String> {
-        Ok(self.0.version().await.map_err(failed)?.version.unwrap_or_default())
     }
 }
 

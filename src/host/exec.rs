@@ -25,7 +25,9 @@ pub async fn try_run<S: AsRef<OsStr>>(argv: &[S]) -> Result<Output> {
         .kill_on_drop(true)
         .output()
         .await
-        .map_err(|e| Code::Command.err(format!("{shown}: {e}")).cure("install the missing program, or check PATH"))?;
+        .map_err(|e| {
+            Code::Command.err(format!("{shown}: {e}")).cure("install the missing program, or check PATH")
+        })?;
     Ok(Output {
         ok: output.status.success(),
         stdout: String::from_utf8_lossy(&output.stdout).into_owned(),

@@ -30,7 +30,9 @@ impl Firewall {
         if has("ufw") && exec::try_run(&["ufw", "status"]).await?.stdout.contains("Status: active") {
             return Ok(Some(Firewall::Ufw));
         }
-        if has("firewall-cmd") && exec::try_run(&["firewall-cmd", "--state"]).await?.stdout.trim() == "running" {
+        if has("firewall-cmd")
+            && exec::try_run(&["firewall-cmd", "--state"]).await?.stdout.trim() == "running"
+        {
             return Ok(Some(Firewall::Firewalld));
         }
         Ok(input_chain().await?.map(|_| Firewall::Nftables))
@@ -111,7 +113,8 @@ async fn input_chain() -> Result<Option<[String; 3]>> {
     let found = ruleset().await?.into_iter().find_map(|item| {
         let chain = item.get("chain")?;
         let text = |key: &str| Some(chain.get(key)?.as_str()?.to_owned());
-        (text("hook")? == "input" && text("policy")? == "drop").then(|| Some([text("family")?, text("table")?, text("name")?]))?
+        (text("hook")? == "input" && text("policy")? == "drop")
+            .then(|| Some([text("family")?, text("table")?, text("name")?]))?
     });
     Ok(found)
 }

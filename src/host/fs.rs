@@ -114,7 +114,11 @@ pub fn empty_dir(path: &Path) -> Result<()> {
     let Ok(entries) = fs::read_dir(path) else { return Ok(()) };
     for entry in entries {
         let entry = entry.at(path)?;
-        if entry.file_type().at(path)?.is_dir() { remove_tree(&entry.path())? } else { remove_file(&entry.path())? }
+        if entry.file_type().at(path)?.is_dir() {
+            remove_tree(&entry.path())?
+        } else {
+            remove_file(&entry.path())?
+        }
     }
     Ok(())
 }

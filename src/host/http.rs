@@ -44,7 +44,8 @@ impl Connection {
     where
         T: hyper::rt::Read + hyper::rt::Write + Unpin + Send + 'static,
     {
-        let (send, connection) = hyper::client::conn::http1::handshake(io).await.map_err(|e| e.to_string())?;
+        let (send, connection) =
+            hyper::client::conn::http1::handshake(io).await.map_err(|e| e.to_string())?;
         tokio::spawn(connection);
         Ok(Self(send))
     }

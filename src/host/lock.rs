@@ -40,8 +40,12 @@ impl HostLock {
             Err(TryLockError::WouldBlock) => return Err(held(&mut file)),
             Err(TryLockError::Error(e)) => return Err(crate::error::io(path, e)),
         }
-        let holder =
-            Holder { pid: std::process::id(), by: audit::actor(), verb: verb.into(), since: Timestamp::now() };
+        let holder = Holder {
+            pid: std::process::id(),
+            by: audit::actor(),
+            verb: verb.into(),
+            since: Timestamp::now(),
+        };
         let text = serde_json::to_vec(&holder).unwrap_or_default();
         file.set_len(0).and_then(|()| file.seek(SeekFrom::Start(0))).at(path)?;
         file.write_all(&text).at(path)?;
@@ -56,5 +60,7 @@ fn held(file: &mut File) -> crate::error::Error {
         Ok(h) => format!("zd {} (process {}) of {} holds it since {}", h.verb, h.pid, h.by, h.since),
         Err(_) => "another zd holds it".into(),
     };
-    Code::Locked.err(format!("this host's lock is taken: {who}")).cure("wait until it has finished, then try again")
+    Code::Locked
+        .err(format!("this host's lock is taken: {who}"))
+        .cure("wait until it has finished, then try again")
 }

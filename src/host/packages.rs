@@ -1,5 +1,6 @@
 //! OS packages on the host, from the carried ones alone, through apt with a private source list.
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -118,17 +119,92 @@ pub async fn purge(names: &[String]) -> Result<Vec<String>> {
     Ok(left)
 }
 
-/// Folders that packages fill at run time and leave behind, by what was there before.
-pub fn leftovers() -> (Vec<PathBuf>, Vec<PathBuf>) {
-    let known = ["/var/lib/docker", "/var/lib/containerd", "/opt/containerd", "/etc/docker", "/var/lib/nginx"];
-    let known = known.into_iter().chain(["/etc/containerd", "/var/lib/docker-registry", "/var/log/nginx"]);
-    let (mut absent, mut empty) = (Vec::new(), Vec::new());
-    for path in known.map(PathBuf::from) {
-        match std::fs::read_dir(&path).map(|mut entries| entries.next().is_none()) {
-            Err(_) => absent.push(path),
-            Ok(true) => empty.push(path),
-            Ok(false) => {}
+/// What the packages make at run time and a purge leaves behind: of all that zd knows of, what was not
+/// there before. Only this is taken away again.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Leftovers {
+    /// State of daemons: the site's data.
+    pub trees: Vec<PathBuf>,
+    /// Folders that were there, empty, and their mode.
+    pub emptied: Vec<(PathBuf, u32)>,
+    pub files: Vec<PathBuf>,
+    /// Removed when empty, in this order.
+    pub folders: Vec<PathBuf>,
+    pub users: Vec<String>,
+    pub groups: Vec<String>,
+}
+
+const TREES: [&str; 6] = [
+    "/var/lib/docker",
+    "/var/lib/containerd",
+    "/opt/containerd",
+    "/var/lib/docker-registry",
+    "/var/lib/nginx",
+    "/var/log/nginx",
+];
+const FILES: [&str; 2] = ["/etc/docker/key.json", "/var/www/html/index.nginx-debian.html"];
+const FOLDERS: [&str; 6] =
+    ["/var/www/html", "/var/www", "/etc/cni/net.d", "/etc/cni", "/etc/containerd", "/var/lib/registry"];
+const USERS: [&str; 1] = ["docker-registry"];
+const GROUPS: [&str; 2] = ["docker", "docker-registry"];
+
+impl Leftovers {
+    pub fn look() -> Result<Self> {
+        let absent = |known: &[&str]| known.iter().map(PathBuf::from).filter(|p| !p.exists()).collect();
+        let has = |file: &str, name: &str| {
+            let text = std::fs::read_to_string(file).at(file)?;
+            Ok(text.lines().any(|l| l.split(':').next() == Some(name)))
+        };
+        let missing = |file: &str, known: &[&str]| -> Result<Vec<String>> {
+            let mut names = Vec::new();
+            for name in known {
+                if !has(file, name)? {
+                    names.push((*name).to_owned());
+                }
+            }
+            Ok(names)
+        };
+        let mut emptied = Vec::new();
+        for path in TREES.map(PathBuf::from) {
+            if std::fs::read_dir(&path).is_ok_and(|mut entries| entries.next().is_none()) {
+                let mode = std::fs::metadata(&path).at(&path)?.permissions().mode() & 0o7777;
+                emptied.push((path, mode));
+            }
         }
+        Ok(Self {
+            trees: absent(&TREES),
+            emptied,
+            files: absent(&FILES),
+            folders: absent(&FOLDERS),
+            users: missing("/etc/passwd", &USERS)?,
+            groups: missing("/etc/group", &GROUPS)?,
+        })
     }
-    (absent, empty)
+
+    /// `data`: also what the daemons stored.
+    pub async fn remove(&self, data: bool) -> Result<()> {
+        for file in &self.files {
+            fs::remove_file(file)?;
+        }
+        for folder in &self.folders {
+            fs::remove_empty(folder)?;
+        }
+        // Gone is good: the packages' own scripts remove some.
+        for user in &self.users {
+            exec::try_run(&["userdel", user]).await?;
+        }
+        for group in &self.groups {
+            exec::try_run(&["groupdel", group]).await?;
+        }
+        if data {
+            for path in &self.trees {
+                fs::remove_tree(path)?;
+            }
+            for (path, mode) in &self.emptied {
+                fs::empty_dir(path)?;
+                std::fs::set_permissions(path, std::fs::Permissions::from_mode(*mode)).at(path)?;
+            }
+        }
+        Ok(())
+    }
 }

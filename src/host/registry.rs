@@ -42,7 +42,8 @@ impl Registry {
             read_timeout: Some(Duration::from_secs(120)),
             ..Default::default()
         };
-        let client = Client::try_from(config).or_code(Code::Registry, "making a client for the private registry")?;
+        let client =
+            Client::try_from(config).or_code(Code::Registry, "making a client for the private registry")?;
         let registry = Self { client, host: host.registry() };
         let auth = RegistryAuth::Basic(secrets::REGISTRY_ACCOUNT.into(), secrets::registry_password()?);
         registry.client.store_auth_if_needed(&registry.host, &auth).await;
@@ -115,7 +116,13 @@ impl Registry {
             .map_err(|e| self.failed(&e))
     }
 
-    async fn push_blob(&self, to: &Reference, bundle: &Bundle, digest: &Digest, bar: &ProgressBar) -> Result<()> {
+    async fn push_blob(
+        &self,
+        to: &Reference,
+        bundle: &Bundle,
+        digest: &Digest,
+        bar: &ProgressBar,
+    ) -> Result<()> {
         let size = bundle.lock.size_of(digest);
         if self.client.blob_exists(to, digest.as_str()).await.map_err(|e| self.failed(&e))? {
             bar.inc(size);

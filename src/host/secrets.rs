@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use base64::Engine;
 use jiff::Timestamp;
 use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-    KeyUsagePurpose, SanType,
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
+    KeyPair, KeyUsagePurpose, SanType,
 };
 use serde::{Deserialize, Serialize};
 
@@ -27,7 +27,9 @@ const YEARS: i32 = 20;
 pub enum Secret {
     Ca,
     /// The registry's certificate for this address.
-    RegistryCertificate { ip: IpAddr },
+    RegistryCertificate {
+        ip: IpAddr,
+    },
     RegistryPassword,
     Htpasswd,
 }
@@ -60,11 +62,13 @@ impl Secret {
                 let issuer = Issuer::new(ca_params(), ca_key);
                 let key = KeyPair::generate().or_code(Code::Bug, "making the registry's key")?;
                 let mut params = params("zd registry");
-                params.subject_alt_names = vec![SanType::IpAddress(*ip), SanType::IpAddress([127, 0, 0, 1].into())];
+                params.subject_alt_names =
+                    vec![SanType::IpAddress(*ip), SanType::IpAddress([127, 0, 0, 1].into())];
                 params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
                 params.use_authority_key_identifier_extension = true;
-                let certificate =
-                    params.signed_by(&key, &issuer).or_code(Code::Bug, "making the registry's certificate")?;
+                let certificate = params
+                    .signed_by(&key, &issuer)
+                    .or_code(Code::Bug, "making the registry's certificate")?;
                 fs::write(&files[1], key.serialize_pem().as_bytes(), 0o600, registry)?;
                 fs::write(&files[0], certificate.pem().as_bytes(), 0o644, registry)
             }

@@ -39,9 +39,9 @@ pub async fn start(unit: &str) -> Result<()> {
         return Ok(());
     }
     let log = exec::try_run(&["journalctl", "-u", unit, "-n", "8", "-o", "cat", "--no-pager"]).await?.stdout;
-    Err(Code::Command
-        .err(format!("{unit} does not start: {}", exec::last_lines(&log, 8)))
-        .cure(format!("mend what it says, then run the same command again; `journalctl -u {unit}` shows more")))
+    Err(Code::Command.err(format!("{unit} does not start: {}", exec::last_lines(&log, 8))).cure(format!(
+        "mend what it says, then run the same command again; `journalctl -u {unit}` shows more"
+    )))
 }
 
 pub async fn stop(unit: &str) -> Result<()> {

@@ -35,9 +35,8 @@ struct Due {
     post: bool,
 }
 
-/// A good answer, and when its request was handed to the open connection.
+/// A good answer, and when it was whole.
 struct Answer {
-    sent_us: u64,
     end_us: u64,
     sender: Sender,
 }
@@ -112,7 +111,6 @@ impl Load {
                 self.tally.borrow_mut().late += 1;
             }
             self.under_way.set(self.under_way.get() + 1);
-            self.live.sent.fetch_add(1, Relaxed);
             let load = Rc::clone(self);
             spawn_local(async move {
                 load.exchange(due, begun_us).await;
@@ -191,7 +189,7 @@ impl Load {
             return Err(failed(Failure::new(Kind::Status(status.as_u16()), status.to_string())));
         }
         checked.map_err(|what| failed(Failure::new(Kind::BadResponse, what)))?;
-        Ok(Answer { sent_us, end_us, sender })
+        Ok(Answer { end_us, sender })
     }
 }
 

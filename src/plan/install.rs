@@ -1,21 +1,22 @@
 //! The plan of an install on the docker engine: facts + lock -> steps, in the order that each can rely
 //! on those before it. The link to the generation comes last: it is what makes it installed.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use super::{Keep, Plan, Step};
 use crate::assets;
-use crate::bundle::lock::Image;
 use crate::bundle::manifest::{ImageRef, Service};
 use crate::bundle::signature::Key;
 use crate::error::{Code, OrCode, Result};
 use crate::host::config::Installed;
 use crate::host::docker::Container;
 use crate::host::firewall::Firewall;
+use crate::host::nginx;
 use crate::host::paths::{self, NGINX_USER, REGISTRY_USER};
 use crate::host::secrets::Secret;
-use crate::host::nginx;
-use crate::ids::Slot;
+use crate::ids::{Name, Slot};
+use crate::service::state::State;
 
 /// What an install depends on besides the lock.
 pub struct Inputs<'a> {
@@ -25,12 +26,15 @@ pub struct Inputs<'a> {
     pub lock_bytes: String,
     /// Docker was here before us: its daemon.json is not ours to write.
     pub foreign_docker: bool,
+    /// What each slot holds by now: an install that runs again keeps it.
+    pub states: BTreeMap<Name, State>,
     /// Opens the services' ports in this firewall.
     pub open_firewall: Option<Firewall>,
 }
 
 /// Packages of the docker engine whose own services must not start: ours are other units.
-const MASKED: [(&str, &str); 2] = [("nginx.service", "nginx"), ("docker-registry.service", "docker-registry")];
+const MASKED: [(&str, &str); 2] =
+    [("nginx.service", "nginx"), ("docker-registry.service", "docker-registry")];
 
 pub fn plan(inputs: &Inputs) -> Result<Plan> {
     let installed = inputs.installed;
@@ -41,11 +45,16 @@ pub fn plan(inputs: &Inputs) -> Result<Plan> {
         let generation = paths::generation(installed.host.generation);
         let repository = generation.join("packages");
         plan.dir(&repository, 0o755);
-        plan.push(Step::Blob { path: repository.join("Packages"), digest: index.clone(), mode: 0o644 });
-        for deb in &lock.debs {
-            plan.push(Step::Blob { path: repository.join(&deb.file), digest: deb.digest.clone(), mode: 0o644 });
-        }
+        let mut files: Vec<_> = lock.debs.iter().map(|d| (d.file.clone(), d.digest.clone())).collect();
+        files.push(("Packages".into(), index.clone()));
+        plan.push(Step::Files { path: repository.clone(), files });
         plan.packages(inputs, repository);
+    }
+    if !lock.files.is_empty() {
+        let path = paths::generation(installed.host.generation).join("files");
+        plan.dir(&path, 0o755);
+        let files = lock.files.iter().map(|f| (f.name.to_string(), f.digest.clone())).collect();
+        plan.push(Step::Files { path, files });
     }
     plan.registry(inputs)?;
     for image in &lock.images {
@@ -110,7 +119,10 @@ impl Builder {
     }
 
     fn packages(&mut self, inputs: &Inputs, repository: PathBuf) {
-        let wanted: Vec<String> = inputs.installed.lock.packages.all().cloned().collect();
+        let all = &inputs.installed.lock.packages;
+        // A Docker that was here before stays what it is, whatever package it came from.
+        let wanted = all.all().filter(|p| !(inputs.foreign_docker && all.docker.contains(p)));
+        let wanted: Vec<String> = wanted.cloned().collect();
         for (unit, package) in MASKED {
             self.push(Step::Mask { unit: unit.into(), package: package.into() });
         }
@@ -183,7 +195,9 @@ impl Builder {
         let base = paths::service(name);
         self.dir(&base, 0o755);
         self.owned_dir(base.join("tmp"), 0o700, NGINX_USER, Keep::Ours);
-        for (dir, file) in [("blue", "blue"), ("green", "green"), ("hold-blue", "held-blue"), ("hold-green", "held-green")] {
+        for (dir, file) in
+            [("blue", "blue"), ("green", "green"), ("hold-blue", "held-blue"), ("hold-green", "held-green")]
+        {
             self.dir(base.join(dir), 0o755);
             self.file(base.join(dir).join(file), "");
         }
@@ -195,21 +209,21 @@ impl Builder {
             self.file(unit, assets::NGINX_UNIT);
         }
         let reference = ImageRef { name: service.image.clone(), version: service.version.clone() };
-        let image = installed
-            .lock
-            .image(&reference)
-            .ok_or_else(|| Code::Bundle.err(format!("service {name}: image {reference} is not in the bundle")))?;
+        let image = installed.lock.image(&reference).ok_or_else(|| {
+            Code::Bundle.err(format!("service {name}: image {reference} is not in the bundle"))
+        })?;
         for slot in Slot::BOTH {
-            for container in containers(installed, service, slot, image) {
+            let deployed = inputs.states.get(name).and_then(|s| s.slots.get(&slot));
+            let (version, digest) = match deployed {
+                Some(filled) => (filled.version.clone(), filled.digest.clone()),
+                None => (service.version.clone(), image.manifest.clone()),
+            };
+            let reference = ImageRef { name: service.image.clone(), version: version.clone() };
+            for container in containers(installed, service, slot, &reference, &digest) {
                 self.push(Step::Container(container));
             }
             self.push(Step::Healthy { service: name.clone(), slot });
-            self.push(Step::Record {
-                service: name.clone(),
-                slot,
-                version: service.version.clone(),
-                digest: image.manifest.clone(),
-            });
+            self.push(Step::Record { service: name.clone(), slot, version, digest });
         }
         self.push(Step::Unit { name: paths::nginx_unit(name) });
         self.push(Step::Serving { service: name.clone(), slot: Slot::Blue });
@@ -222,16 +236,6 @@ impl Builder {
 
 /// A slot's containers running one image.
 pub fn containers<'a>(
-    installed: &'a Installed,
-    service: &'a Service,
-    slot: Slot,
-    image: &'a Image,
-) -> impl Iterator<Item = Container> + 'a {
-    containers_of(installed, service, slot, &image.reference, &image.manifest)
-}
-
-/// As [`containers`], by name and digest: also for images of earlier bundles.
-pub fn containers_of<'a>(
     installed: &'a Installed,
     service: &'a Service,
     slot: Slot,

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::host::docker::Container;
 use crate::host::firewall::Firewall;
+use crate::host::packages::Leftovers;
 use crate::host::secrets::Secret;
 use crate::ids::{Digest, Name, Slot, Version};
 
@@ -17,37 +18,91 @@ use crate::ids::{Digest, Name, Slot, Version};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "step", rename_all = "kebab-case")]
 pub enum Step {
-    Dir { path: PathBuf, mode: u32, owner: Option<String>, keep: Keep },
-    File { path: PathBuf, text: String, mode: u32, owner: Option<String> },
-    /// A blob of the bundle as a file.
-    Blob { path: PathBuf, digest: Digest, mode: u32 },
+    Dir {
+        path: PathBuf,
+        mode: u32,
+        owner: Option<String>,
+        keep: Keep,
+    },
+    File {
+        path: PathBuf,
+        text: String,
+        mode: u32,
+        owner: Option<String>,
+    },
+    /// Blobs of the bundle as files of a folder: packages with their index, or what the site carries along.
+    Files {
+        path: PathBuf,
+        files: Vec<(String, Digest)>,
+    },
     /// This very zd.
-    Tool { path: PathBuf },
-    Link { path: PathBuf, target: PathBuf },
+    Tool {
+        path: PathBuf,
+    },
+    Link {
+        path: PathBuf,
+        target: PathBuf,
+    },
     Secret(Secret),
     /// The CA's certificate where Docker looks for it.
-    TrustCa { path: PathBuf },
-    User { name: String, home: PathBuf },
+    TrustCa {
+        path: PathBuf,
+    },
+    User {
+        name: String,
+        home: PathBuf,
+    },
     /// A unit that a package brings and that must not start.
-    Mask { unit: String, package: String },
-    Packages { repository: PathBuf, wanted: Vec<String> },
+    Mask {
+        unit: String,
+        package: String,
+    },
+    Packages {
+        repository: PathBuf,
+        wanted: Vec<String>,
+    },
     /// Enabled and running.
-    Unit { name: String },
+    Unit {
+        name: String,
+    },
     RegistryReady,
-    Push { image: String },
-    Network { subnet: String },
+    Push {
+        image: String,
+    },
+    Network {
+        subnet: String,
+    },
     Container(Container),
     /// All containers of the slot answer their health path.
-    Healthy { service: Name, slot: Slot },
+    Healthy {
+        service: Name,
+        slot: Slot,
+    },
     /// The first pointer of a service.
-    Pointer { service: Name, slot: Slot },
+    Pointer {
+        service: Name,
+        slot: Slot,
+    },
     /// Clients get healthy answers from this slot through nginx.
-    Serving { service: Name, slot: Slot },
+    Serving {
+        service: Name,
+        slot: Slot,
+    },
     /// Parked containers of the slot are no longer needed: after this there is no way back.
-    Retire { containers: Vec<String> },
+    Retire {
+        containers: Vec<String>,
+    },
     /// What the slot holds, in the service's state.
-    Record { service: Name, slot: Slot, version: Version, digest: Digest },
-    Firewall { kind: Firewall, port: u16 },
+    Record {
+        service: Name,
+        slot: Slot,
+        version: Version,
+        digest: Digest,
+    },
+    Firewall {
+        kind: Firewall,
+        port: u16,
+    },
 }
 
 /// Whether uninstall leaves a folder unless it is told to purge.
@@ -68,7 +123,7 @@ impl Step {
         match self {
             Step::Dir { path, .. } => format!("folder {}", path.display()),
             Step::File { path, .. } => format!("file {}", path.display()),
-            Step::Blob { path, .. } => format!("file {}", path.display()),
+            Step::Files { path, files } => format!("{} files in {}", files.len(), path.display()),
             Step::Tool { path } => format!("zd itself as {}", path.display()),
             Step::Link { path, target } => format!("link {} -> {}", path.display(), target.display()),
             Step::Secret(secret) => format!("secret {}", secret.files()[0].display()),
@@ -84,7 +139,9 @@ impl Step {
             Step::Healthy { service, slot } => format!("{service} {slot} healthy"),
             Step::Pointer { service, slot } => format!("{service} points to {slot}"),
             Step::Serving { service, slot } => format!("{service} serves from {slot}"),
-            Step::Retire { containers } => format!("container before no longer kept: {}", containers.join(" ")),
+            Step::Retire { containers } => {
+                format!("container before no longer kept: {}", containers.join(" "))
+            }
             Step::Record { service, slot, version, .. } => format!("{service} {slot} recorded as {version}"),
             Step::Firewall { kind, port } => format!("{} lets tcp {port} in", kind.name()),
         }
@@ -97,24 +154,68 @@ impl Step {
 pub enum Undo {
     /// The step leaves nothing behind that another undo does not take away.
     Nothing,
-    RemoveFiles { paths: Vec<PathBuf> },
-    RemoveDir { path: PathBuf, keep: Keep },
+    RemoveFiles {
+        paths: Vec<PathBuf>,
+    },
+    RemoveDir {
+        path: PathBuf,
+        keep: Keep,
+    },
     /// A small file as it was; bytes in base64.
-    RestoreFile { path: PathBuf, bytes: String, mode: u32, uid: u32, gid: u32 },
-    RestoreLink { path: PathBuf, target: PathBuf },
+    RestoreFile {
+        path: PathBuf,
+        bytes: String,
+        mode: u32,
+        uid: u32,
+        gid: u32,
+    },
+    RestoreLink {
+        path: PathBuf,
+        target: PathBuf,
+    },
     /// A folder's mode and owner as they were.
-    RestoreMode { path: PathBuf, mode: u32, uid: u32, gid: u32 },
-    RemoveUser { name: String },
-    Unmask { unit: String },
-    Purge { packages: Vec<String>, absent: Vec<PathBuf>, empty: Vec<PathBuf> },
-    StopUnit { name: String, was_enabled: bool, was_active: bool },
+    RestoreMode {
+        path: PathBuf,
+        mode: u32,
+        uid: u32,
+        gid: u32,
+    },
+    RemoveUser {
+        name: String,
+    },
+    Unmask {
+        unit: String,
+    },
+    Purge {
+        packages: Vec<String>,
+        leftovers: Leftovers,
+    },
+    StopUnit {
+        name: String,
+        was_enabled: bool,
+        was_active: bool,
+    },
     RemoveNetwork,
-    RemoveContainer { name: String },
+    RemoveContainer {
+        name: String,
+    },
+    /// No way back from here: an interrupted plan that came this far is finished instead.
+    FinishRemoving {
+        containers: Vec<String>,
+    },
     /// The parked container stands and runs again.
-    PutBack { name: String },
+    PutBack {
+        name: String,
+    },
     /// The service's state file as it was.
-    RestoreState { service: Name, text: String },
-    CloseFirewall { kind: Firewall, port: u16 },
+    RestoreState {
+        service: Name,
+        text: String,
+    },
+    CloseFirewall {
+        kind: Firewall,
+        port: u16,
+    },
 }
 
 /// Steps in order. The title of each is unique within its plan.

@@ -68,7 +68,9 @@ pub fn host(facts: &Facts) -> Vec<Finding> {
         Finding::bad("systemd", "systemd does not run this host", "use a host booted with systemd")
     });
     found.push(match facts.cgroup {
-        Cgroup::None => Finding::bad("cgroups", "no cgroup file system at /sys/fs/cgroup", "boot with cgroups (v2)"),
+        Cgroup::None => {
+            Finding::bad("cgroups", "no cgroup file system at /sys/fs/cgroup", "boot with cgroups (v2)")
+        }
         which => Finding::ok("cgroups", format!("{which:?}")),
     });
     let memory = ByteSize(facts.memory_bytes);
@@ -92,7 +94,6 @@ pub fn host(facts: &Facts) -> Vec<Finding> {
 /// What a bundle needs of this host.
 pub struct Wants<'a> {
     pub lock: &'a Lock,
-    pub bundle_bytes: u64,
     pub ip: Ipv4Addr,
     pub registry_port: u16,
     /// Bytes that the packages take when installed.

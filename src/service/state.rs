@@ -16,6 +16,9 @@ use crate::ids::{Digest, Name, Slot, Version};
 pub struct State {
     pub schema: u32,
     pub slots: BTreeMap<Slot, Filled>,
+    /// The slot that the last finished switch made active; blue from the install on.
+    #[serde(default = "blue")]
+    pub active: Slot,
     pub active_since: Option<Timestamp>,
     pub active_by: Option<String>,
     /// Where `rollback` goes.
@@ -32,8 +35,13 @@ pub struct Filled {
 
 impl Default for State {
     fn default() -> Self {
-        Self { schema: 1, slots: BTreeMap::new(), active_since: None, active_by: None, previous: None }
+        let (active_since, active_by, previous) = (None, None, None);
+        Self { schema: 1, slots: BTreeMap::new(), active: blue(), active_since, active_by, previous }
     }
+}
+
+fn blue() -> Slot {
+    Slot::Blue
 }
 
 pub fn path(service: &Name) -> PathBuf {
@@ -62,6 +70,14 @@ impl State {
         let mut bytes = serde_json::to_vec_pretty(self).or_code(Code::Bug, "writing a service's state")?;
         bytes.push(b'\n');
         fs::write(&path(service), &bytes, 0o644, None)
+    }
+
+    /// From now on `slot` is active, and what was active is where a rollback goes.
+    pub fn activate(&mut self, slot: Slot) {
+        self.previous = self.release(slot.other());
+        self.active = slot;
+        self.active_since = Some(Timestamp::now());
+        self.active_by = Some(crate::audit::actor());
     }
 
     /// What a slot holds, as a release.

@@ -5,13 +5,12 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
-use jiff::Timestamp;
 use serde::Serialize;
 
 use super::gate::Gate;
+use super::health;
 use super::pointer::{self, Pointer};
 use super::state::State;
-use super::health;
 use crate::audit::{self, Event, Release};
 use crate::bundle::manifest::Service;
 use crate::error::{Code, Error, Result};
@@ -25,7 +24,7 @@ const PROBE: Duration = Duration::from_secs(2);
 /// How often nginx is asked whether the old answers are out.
 const POLL: Duration = Duration::from_micros(300);
 /// The gate stays this long after the last request left it: some are still on their way.
-const LINGER: Duration = Duration::from_millis(30);
+const LINGER: Duration = Duration::from_millis(50);
 
 #[derive(Debug, Serialize)]
 pub struct Report {
@@ -52,13 +51,15 @@ pub struct Request<'a> {
 }
 
 /// Moves all traffic of a service to `to`. Call it while holding the lock.
-pub async fn run(installed: &Installed, service: &Service, to: Slot, request: &Request<'_>) -> Result<Report> {
+pub async fn run(
+    installed: &Installed,
+    service: &Service,
+    to: Slot,
+    request: &Request<'_>,
+) -> Result<Report> {
     let start = Instant::now();
     let name = &service.name;
-    if pointer::release_stale_hold(name)? {
-        let detail = "a switch was interrupted while it held requests; its old slot serves on".to_owned();
-        audit::append(Event { verb: "switch", outcome: "recovered", service: Some(name), detail, ..Event::default() })?;
-    }
+    settle_killed(name)?;
     let from = pointer::read(name)?.slot();
     let state = State::read(name)?;
     let (old, new) = (release_of(&state, name, from)?, release_of(&state, name, to)?);
@@ -100,9 +101,7 @@ pub async fn run(installed: &Installed, service: &Service, to: Slot, request: &R
         }
     };
     let mut state = state;
-    state.previous = Some(report.from.clone());
-    state.active_since = Some(Timestamp::now());
-    state.active_by = Some(audit::actor());
+    state.activate(to);
     state.write(name)?;
     let verified = verify(service, to).await;
     linger(&gate).await;
@@ -119,6 +118,31 @@ pub async fn run(installed: &Installed, service: &Service, to: Slot, request: &R
     report.hold_ms = hold.as_secs_f64() * 1000.0;
     report.total_ms = start.elapsed().as_secs_f64() * 1000.0;
     Ok(report)
+}
+
+/// A zd that was killed in the middle of a switch left a hold, or a flip that was not written down. The
+/// pointer is the truth: what clients saw. Call it while holding the lock.
+pub fn settle_killed(service: &Name) -> Result<()> {
+    let recovered = |detail: String| {
+        audit::append(Event {
+            verb: "switch",
+            outcome: "recovered",
+            service: Some(service),
+            detail,
+            ..Event::default()
+        })
+    };
+    if pointer::release_stale_hold(service)? {
+        recovered("a switch was killed while it held requests; its old slot serves on".into())?;
+    }
+    let active = pointer::read(service)?.slot();
+    let mut state = State::read(service)?;
+    if state.active != active {
+        state.activate(active);
+        state.write(service)?;
+        recovered(format!("a switch was killed after it had moved the traffic; {active} is active"))?;
+    }
+    Ok(())
 }
 
 fn release_of(state: &State, service: &Name, slot: Slot) -> Result<Release> {
@@ -142,7 +166,10 @@ async fn check_standby(installed: &Installed, service: &Service, to: Slot) -> Re
     };
     for probe in health::probe(installed, service, to).await {
         if !probe.healthy {
-            return Err(bad(format!("{} {to} at {} is not healthy: {}", service.name, probe.address, probe.answer)));
+            return Err(bad(format!(
+                "{} {to} at {} is not healthy: {}",
+                service.name, probe.address, probe.answer
+            )));
         }
     }
     let entry = local(service.standby_listen);
@@ -193,8 +220,11 @@ async fn hold_and_flip(service: &Service, gate: &Gate, from: Slot, to: Slot) -> 
 async fn drain(service: &Service, gate: &Gate, status: &mut http::Connection, start: Instant) -> Result<()> {
     let limit = Duration::from_millis(service.drain_ms.into());
     loop {
-        // The status request counts itself.
-        let old = writing(status, &service.name).await?.saturating_sub(gate.held_now() + 1);
+        // In this order, and only those that were there before nginx counted: one that arrives between
+        // the two looks must not hide an old request. The status request counts itself.
+        let arrived = gate.arrived();
+        let writing = writing(status, &service.name).await?;
+        let old = writing.saturating_sub(gate.waiting_of(arrived) as u64 + 1);
         if old == 0 {
             return Ok(());
         }
@@ -218,7 +248,7 @@ fn no_status(service: &Name, why: &str) -> Error {
 
 /// Requests whose answer nginx has not finished (`Writing` of stub_status), this one included.
 async fn writing(status: &mut http::Connection, service: &Name) -> Result<u64> {
-    let answer = status.get("localhost", "/status").await.map_err(|why| no_status(service, &why))?;
+    let answer = status.get("localhost", "/").await.map_err(|why| no_status(service, &why))?;
     let number = answer.body.split("Writing:").nth(1).and_then(|t| t.split_whitespace().next()?.parse().ok());
     number.ok_or_else(|| no_status(service, "its status page is not as expected"))
 }
@@ -230,7 +260,7 @@ async fn linger(gate: &Gate) {
     let mut seen = gate.waits().len();
     while quiet.elapsed() < LINGER && start.elapsed() < Duration::from_secs(2) {
         tokio::time::sleep(Duration::from_millis(5)).await;
-        if gate.held_now() > 0 || gate.waits().len() != seen {
+        if gate.waits().len() != seen {
             seen = gate.waits().len();
             quiet = Instant::now();
         }

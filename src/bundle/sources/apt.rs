@@ -10,8 +10,8 @@ use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use super::cache::{Cache, hash_file};
 use super::Blobs;
+use super::cache::{Cache, hash_file};
 use crate::bundle::lock::{Deb, Role};
 use crate::bundle::manifest::{Packages, Target};
 use crate::error::{At, Code, Error, Result};
@@ -39,10 +39,20 @@ pub fn resolve(
     apt.assume_base()?;
     wait.finish_and_clear();
 
-    let mut install = vec!["install", "-qq", "--print-uris"];
+    // Asked over an empty archive folder: apt leaves out what it has downloaded already.
+    let nothing_yet = format!("Dir::Cache::archives={}", apt.root.join("none").display());
+    let mut install = vec!["install", "-qq", "--print-uris", "-o", &nothing_yet];
     install.extend(wanted.iter().map(|s| s.as_str()));
     let listing = apt.run("apt-get", &install)?;
     let files: Vec<&str> = listing.lines().filter_map(|l| l.split_whitespace().nth(1)).collect();
+    if files.is_empty() {
+        return Err(Code::Source
+            .err(format!(
+                "every installation of {target} has {} already",
+                wanted.iter().map(|s| s.as_str()).collect::<Vec<_>>().join(", ")
+            ))
+            .cure("leave these out of the manifest's packages"));
+    }
     apt.download(&wanted, files.len(), ui)?;
     apt.index(&files, cache, blobs)
 }
@@ -55,7 +65,9 @@ struct Apt {
 impl Apt {
     fn prepare(packages: &Packages, target: &Target, cache: &Cache) -> Result<Self> {
         let root = cache.dir(&format!("apt/{target}"))?;
-        for dir in ["lists/partial", "archives/partial", "etc/apt.conf.d", "etc/preferences.d"] {
+        for dir in
+            ["lists/partial", "archives/partial", "none/partial", "etc/apt.conf.d", "etc/preferences.d"]
+        {
             let dir = root.join(dir);
             fs::create_dir_all(&dir).at(&dir)?;
         }
@@ -99,7 +111,10 @@ impl Apt {
     fn run(&self, program: &str, args: &[&str]) -> Result<String> {
         let out = self.command(program).args(args).output().map_err(|e| failed(program, &e.to_string()))?;
         if !out.status.success() {
-            return Err(failed(&format!("{program} {}", args.join(" ")), &String::from_utf8_lossy(&out.stderr)));
+            return Err(failed(
+                &format!("{program} {}", args.join(" ")),
+                &String::from_utf8_lossy(&out.stderr),
+            ));
         }
         Ok(String::from_utf8_lossy(&out.stdout).into_owned())
     }
@@ -154,14 +169,17 @@ impl Apt {
             // name_version_arch.deb, with %3a for the colon of an epoch
             let mut parts = file.trim_end_matches(".deb").splitn(3, '_');
             let (Some(name), Some(version), Some(arch)) = (parts.next(), parts.next(), parts.next()) else {
-                return Err(Code::Source.err(format!("apt named a package file {file:?} that zd cannot read")));
+                return Err(
+                    Code::Source.err(format!("apt named a package file {file:?} that zd cannot read"))
+                );
             };
             let version = version.replace("%3a", ":");
             let stanza = self.run("apt-cache", &["show", &format!("{name}={version}")])?;
             let stanza = stanza.split("\n\n").next().unwrap_or_default();
             let plain = format!("{name}_{}_{arch}.deb", version.replace(':', "."));
             for line in stanza.lines() {
-                let line = if line.starts_with("Filename:") { format!("Filename: ./{plain}") } else { line.into() };
+                let line =
+                    if line.starts_with("Filename:") { format!("Filename: ./{plain}") } else { line.into() };
                 index.push_str(&line);
                 index.push('\n');
             }
@@ -268,7 +286,10 @@ mod tests {
         let own = of_release_deb822(text, "bookworm");
         assert!(own.contains("a.example") && !own.contains("b.example"), "{own}");
         let text = "deb [signed-by=/x y=z] http://a.example/debian bookworm main\ndeb http://c.example cloud-bookworm main\n# deb";
-        assert_eq!(of_release_lines(text, "bookworm"), "deb [signed-by=/x y=z] http://a.example/debian bookworm main\n");
+        assert_eq!(
+            of_release_lines(text, "bookworm"),
+            "deb [signed-by=/x y=z] http://a.example/debian bookworm main\n"
+        );
     }
 
     #[test]

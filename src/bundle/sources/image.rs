@@ -31,7 +31,13 @@ const OCI_LAYER_ZSTD: &str = "application/vnd.oci.image.layer.v1.tar+zstd";
 /// Largest manifest, index or config that is read (registries refuse manifests over 4 MiB).
 const MAX_JSON: u64 = 8 << 20;
 
-pub async fn resolve(source: &ImageSource, arch: &str, cache: &Cache, blobs: &mut Blobs, ui: &Ui) -> Result<Image> {
+pub async fn resolve(
+    source: &ImageSource,
+    arch: &str,
+    cache: &Cache,
+    blobs: &mut Blobs,
+    ui: &Ui,
+) -> Result<Image> {
     let files = match source {
         ImageSource { docker: Some(name), .. } => from_daemon(name, cache, ui).await?,
         ImageSource { oci: Some(path), .. } | ImageSource { docker_archive: Some(path), .. } => {
@@ -40,7 +46,9 @@ pub async fn resolve(source: &ImageSource, arch: &str, cache: &Cache, blobs: &mu
         _ => return Err(Code::Bug.err("an image source was not checked")),
     };
     let image = Resolve { source, arch, files, cache, blobs, ui };
-    image.run().map_err(|e| if e.code == Code::Source { e.during(format!("image {}", source.reference)) } else { e })
+    image
+        .run()
+        .map_err(|e| if e.code == Code::Source { e.during(format!("image {}", source.reference)) } else { e })
 }
 
 async fn from_daemon(name: &str, cache: &Cache, ui: &Ui) -> Result<Files> {
@@ -90,7 +98,9 @@ impl Files {
         let mut links = Vec::new();
         let bad = |e: std::io::Error| {
             let e = Code::Source.err(format!("{}: not an image archive: {e}", path.display()));
-            e.cure("expected a tar as `docker save` or `skopeo copy … oci-archive:` writes it, not compressed")
+            e.cure(
+                "expected a tar as `docker save` or `skopeo copy … oci-archive:` writes it, not compressed",
+            )
         };
         let mut archive = tar::Archive::new(file);
         for entry in archive.entries().map_err(bad)? {
@@ -106,7 +116,8 @@ impl Files {
                 }
                 // docker save names a layer that two images share by a link.
                 tar::EntryType::Symlink | tar::EntryType::Link => {
-                    let to = entry.link_name().map_err(bad)?.unwrap_or_default().to_string_lossy().into_owned();
+                    let to =
+                        entry.link_name().map_err(bad)?.unwrap_or_default().to_string_lossy().into_owned();
                     links.push((name, to));
                 }
                 _ => {}
@@ -247,7 +258,8 @@ impl Resolve<'_> {
         let bar = self.ui.bytes(format!("gzip {}", self.source.reference), plain_size);
         let temp = self.cache.temp()?;
         let out = temp.as_file().try_clone().at(temp.path())?;
-        gzip::compress(bar.wrap_read(File::open(path).at(path)?), std::io::BufWriter::new(out)).at(temp.path())?;
+        gzip::compress(bar.wrap_read(File::open(path).at(path)?), std::io::BufWriter::new(out))
+            .at(temp.path())?;
         bar.finish_and_clear();
         let (digest, size, path) = self.cache.keep(temp)?;
         self.cache.note_gzipped(&plain, &digest)?;
@@ -294,7 +306,11 @@ impl Resolve<'_> {
         }
         Ok(Image {
             reference: self.source.reference.clone(),
-            media_type: if descriptor.media_type.is_empty() { OCI_MANIFEST.into() } else { descriptor.media_type },
+            media_type: if descriptor.media_type.is_empty() {
+                OCI_MANIFEST.into()
+            } else {
+                descriptor.media_type
+            },
             manifest: descriptor.digest,
             config: manifest.config.digest,
             layers: manifest.layers.into_iter().map(|l| l.digest).collect(),
@@ -311,9 +327,9 @@ impl Resolve<'_> {
         let mut found: Vec<Descriptor> = index.manifests.into_iter().filter(fits).collect();
         if found.len() > 1 {
             found.retain(|d| {
-                ["org.opencontainers.image.ref.name", "io.containerd.image.name"]
-                    .iter()
-                    .any(|key| d.annotations.get(*key).is_some_and(|v| *v == name || v.ends_with(&format!("/{name}"))))
+                ["org.opencontainers.image.ref.name", "io.containerd.image.name"].iter().any(|key| {
+                    d.annotations.get(*key).is_some_and(|v| *v == name || v.ends_with(&format!("/{name}")))
+                })
             });
         }
         let (Some(descriptor), true) = (found.pop(), found.is_empty()) else {

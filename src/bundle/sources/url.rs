@@ -15,7 +15,13 @@ use crate::ui::Ui;
 const TRIES: u32 = 5;
 
 /// Fetches into the cache unless it is there; returns size and path.
-pub async fn fetch(name: &str, url: &str, sum: &Digest, cache: &Cache, ui: &Ui) -> Result<(u64, std::path::PathBuf)> {
+pub async fn fetch(
+    name: &str,
+    url: &str,
+    sum: &Digest,
+    cache: &Cache,
+    ui: &Ui,
+) -> Result<(u64, std::path::PathBuf)> {
     if let Some((path, size)) = cache.get(sum)? {
         return Ok((size, path));
     }

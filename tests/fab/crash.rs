@@ -1,0 +1,151 @@
+//! kill -9 of zd: in the middle of switches, and after every journal entry of an install.
+
+use std::time::Duration;
+
+use crate::host::{Host, clean, differences, stick};
+
+#[test]
+#[ignore = "boots a host"]
+fn killed_in_the_middle_of_a_switch() {
+    let host = Host::installed("killed");
+    host.zd(&["deploy", "v2"]).ok();
+    // How long a switch takes decides where the random moments lie.
+    let whole = host.zd(&["switch", "--json"]).ok().json()["total_ms"].as_f64().unwrap();
+    host.zd(&["switch"]).ok();
+    let mut seed = 0x2545_f491_4f6c_dd1du64;
+    let (mut held, mut flipped) = (0, 0);
+    for round in 0..20 {
+        seed ^= seed << 13;
+        seed ^= seed >> 7;
+        seed ^= seed << 17;
+        let after = Duration::from_micros(seed % ((whole * 1200.0) as u64));
+        let before = host.active();
+        let load = host.spawn(&[
+            "zd",
+            "-q",
+            "loadtest",
+            &format!("http://{}/hello", host.ip),
+            "--rate",
+            "1000",
+            "--duration",
+            "3s",
+            "--mode",
+            "mixed",
+            "--method",
+            "mixed",
+            "--json",
+        ]);
+        std::thread::sleep(Duration::from_millis(1000));
+        host.sh(&format!(
+            "zd -q switch >/dev/null 2>&1 & p=$!; sleep {:.6}; kill -9 $p || true; wait",
+            after.as_secs_f64()
+        ));
+        let link = host.sh("readlink /var/lib/zd/services/hello/active");
+        held += usize::from(link.starts_with("hold"));
+        let said = load.wait();
+        let report = said.json();
+        assert_eq!(report["failed"], 0, "round {round} after {after:?}, pointer {link}: {report:#}");
+        let changes = report["changes"].as_array().unwrap().len();
+        assert!(changes <= 1 && report["mixed"] == 0, "round {round}: {report:#}");
+        let now = host.active();
+        assert_eq!(changes == 1, now != before, "round {round}: what clients saw is what status says");
+        flipped += usize::from(now != before);
+        // The next command works.
+        let to = if now == "blue" { "green" } else { "blue" };
+        host.zd(&["switch", "--to", to]).ok();
+    }
+    println!("20 kills: {held} found holding, {flipped} after the flip; 0 failed, 0 mixed");
+}
+
+fn install_dying_at(host: &Host, entry: u32) -> i32 {
+    let failpoint = format!("journal:{entry}");
+    host.run_env(&[("ZD_FAILPOINT", &failpoint)], &["/stick/zd", "-q", "install", "--ip", "auto"]).code
+}
+
+#[test]
+#[ignore = "boots a host"]
+fn install_killed_after_every_journal_entry_and_run_again() {
+    let reference = Host::installed("whole");
+    let wanted = comparable(&reference.picture());
+    let host = Host::bare("resumed", stick());
+    // Each run dies at the first entry it writes: together they die once after every entry.
+    let mut kills = 0;
+    while install_dying_at(&host, 1) != 0 {
+        kills += 1;
+        assert!(kills < 400, "does not come to an end");
+    }
+    assert!(kills > 50, "only {kills} entries?");
+    assert_eq!(host.run(&["/stick/zd", "install", "--ip", "auto", "--json"]).ok().json()["changed"], 0);
+    println!("install killed {kills} times and run again each time: whole");
+    assert_eq!(differences(&wanted, &comparable(&host.picture())), "", "as if it had never been interrupted");
+}
+
+/// What two installs may differ in: secrets, addresses, times.
+fn comparable(picture: &str) -> String {
+    let own = [
+        "/etc/zd/tls/",
+        "/etc/zd/registry/",
+        "/etc/zd/host.toml",
+        "/var/lib/zd/receipts",
+        "/var/lib/zd/audit.head",
+        "/var/log/zd/",
+        "state.json",
+        "/etc/docker/certs.d",
+        "/var/lib/docker",
+        "/var/lib/containerd",
+        "/stick",
+        "/etc/docker/key.json",
+        "/var/lib/zd/registry",
+        "/etc/hostname",
+        "/etc/hosts",
+        "/etc/machine-id",
+        "/var/lib/dbus/machine-id",
+        "/etc/systemd/system/dbus",
+    ];
+    picture.lines().filter(|l| !own.iter().any(|o| l.contains(o))).map(|l| format!("{l}\n")).collect()
+}
+
+#[test]
+#[ignore = "boots a host"]
+fn install_killed_and_undone() {
+    let host = Host::bare("undone", stick());
+    let before = host.picture();
+    // A whole run first tells how many entries there are; --long dies after every one of them.
+    let long = std::env::var_os("ZD_TEST_LONG").is_some();
+    let mut entry = 1;
+    let mut tried = 0;
+    loop {
+        if install_dying_at(&host, entry) == 0 {
+            break;
+        }
+        host.zd_or_stick(&["-q", "undo", "--yes"]);
+        let now = host.picture();
+        assert_eq!(differences(&before, &now), "", "undo after journal entry {entry}");
+        tried += 1;
+        entry += if long || entry < 3 { 1 } else { 23 };
+    }
+    println!("install killed after {tried} entries and undone each time: as before");
+}
+
+impl Host {
+    /// The installed zd may be gone in the middle of an undo: the stick's does it.
+    fn zd_or_stick(&self, args: &[&str]) {
+        self.run(&[&["/stick/zd"], args].concat()).ok();
+    }
+}
+
+#[test]
+#[ignore = "boots a host"]
+fn nginx_and_containers_come_back() {
+    let host = Host::installed("back");
+    host.sh("systemctl kill -s KILL zd-nginx@hello; docker kill zd-hello-blue-1 >/dev/null || true");
+    std::thread::sleep(Duration::from_secs(3));
+    clean(host.load(100, 2, 0, &[]));
+    // A deploy that was killed is taken back by the next command.
+    let out = host.run_env(&[("ZD_FAILPOINT", "journal:3")], &["zd", "deploy", "v2"]);
+    assert_ne!(out.code, 0);
+    host.zd(&["deploy", "v3"]).ok();
+    let status = host.zd(&["status", "--json"]).ok().json();
+    assert_eq!(status["drift"].as_array().unwrap().len(), 0, "{}", status["drift"]);
+    assert_eq!(status["services"][0]["slots"][1]["version"], "v3");
+}

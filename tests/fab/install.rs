@@ -1,0 +1,195 @@
+//! Install from the bundle alone, again, deploy, reboot, uninstall.
+
+use std::time::Instant;
+
+use crate::host::{Host, differences, stick};
+
+#[test]
+#[ignore = "boots a host"]
+fn install_deploy_switch_rollback_reboot_uninstall() {
+    let host = Host::bare("main", stick());
+    let before = host.picture();
+
+    let preview = host.run(&["/stick/zd", "install", "--ip", "auto", "--dry-run", "--json"]).ok().json();
+    assert!(preview["steps"].as_array().unwrap().len() > 30);
+    assert_eq!(differences(&before, &host.picture()), "", "a dry run changes nothing");
+
+    let first = host.run(&["/stick/zd", "install", "--ip", "auto"]).ok();
+    assert!(first.err.contains(&format!("address {} of eth0", host.ip)), "{}", first.err);
+    assert!(!first.err.contains('\x1b'), "plain off a terminal");
+    assert!(host.sh("curl -V >/dev/null 2>&1 || echo none").contains("none"), "still a bare host");
+
+    again_changes_nothing(&host);
+    everything_is_from_the_registry(&host);
+    deploy_leaves_the_active_slot_alone(&host);
+    switch_and_back(&host);
+    a_bad_version_puts_the_standby_back(&host);
+    rollback_restarts_what_was_replaced(&host);
+    two_at_once(&host);
+    drift_is_shown(&host);
+    reboot(&host);
+
+    host.zd(&["uninstall", "--purge", "--yes"]).ok();
+    assert_eq!(
+        differences(&before, &host.picture()),
+        "",
+        "uninstall leaves what was there and nothing of ours"
+    );
+}
+
+fn again_changes_nothing(host: &Host) {
+    let (picture, containers) = (host.picture(), host.containers());
+    let pids = host.sh("systemctl show -p MainPID zd-registry zd-nginx@hello docker");
+    let start = Instant::now();
+    let again = host.run(&["/stick/zd", "install", "--ip", "auto", "--json"]).ok().json();
+    assert!(start.elapsed().as_secs_f64() < 5.0, "took {:?}", start.elapsed());
+    assert_eq!(again["changed"], 0, "{again}");
+    assert_eq!(differences(&picture, &host.picture()), "");
+    assert_eq!(host.containers(), containers);
+    assert_eq!(host.sh("systemctl show -p MainPID zd-registry zd-nginx@hello docker"), pids);
+}
+
+fn everything_is_from_the_registry(host: &Host) {
+    let images = host.sh("docker ps --format '{{.Image}}' | sort -u");
+    assert!(images.starts_with(&format!("{}:5443/hello@sha256:", host.ip)), "{images}");
+    assert_eq!(
+        host.sh("docker ps --format '{{.Ports}}' | grep -c -- '->' || true").trim(),
+        "0",
+        "no published ports"
+    );
+    assert_eq!(
+        host.sh("stat -c '%a %U' /etc/zd/tls/ca.key /etc/zd/registry/password"),
+        "600 root\n600 root\n"
+    );
+    // Neither secret stands where it can be read: logs, receipts, arguments, units.
+    let password = host.sh("cat /etc/zd/registry/password");
+    let found = host.sh(&format!(
+        "grep -rlF -- '{password}' /var/log /var/lib/zd/receipts /etc/systemd /run/log 2>/dev/null; \
+         journalctl --no-pager | grep -cF -- '{password}' || true"
+    ));
+    assert_eq!(found.trim(), "0");
+    for unit in ["zd-registry.service", "zd-nginx@hello.service"] {
+        let exposure = host.sh(&format!("systemd-analyze security --no-pager {unit} | tail -1"));
+        let number: f32 = exposure.split_whitespace().find_map(|w| w.parse().ok()).expect("a number");
+        assert!(number <= 4.0, "{unit}: {exposure}");
+    }
+}
+
+fn deploy_leaves_the_active_slot_alone(host: &Host) {
+    let blue = |all: &str| all.lines().filter(|l| l.contains("blue")).map(str::to_owned).collect::<Vec<_>>();
+    let before = blue(&host.containers());
+    assert_eq!(before.len(), 2);
+    let report = host.zd(&["deploy", "v2", "--reason", "ticket 4711", "--json"]).ok().json();
+    assert_eq!(report["slot"], "green");
+    assert_eq!(blue(&host.containers()), before, "same ids, same start times");
+    assert_eq!(host.zd(&["deploy", "v2", "--json"]).ok().json()["changed"], false);
+    host.zd(&["deploy", "v99"]).fails(10, "unknown-version", &["hello:v99", "v1", "v2"]);
+    // Clients still get v1; the standby entry shows v2, to localhost only.
+    let get =
+        |url: &str| host.zd(&["loadtest", url, "--rate", "20", "--duration", "1s", "--json"]).ok().json();
+    assert_eq!(get("http://127.0.0.1/hello")["versions"]["v1"], 20);
+    assert_eq!(get("http://127.0.0.1:8081/hello")["versions"]["v2"], 20);
+    let outside = host.zd(&[
+        "loadtest",
+        &format!("http://{}:8081/hello", host.ip),
+        "--rate",
+        "5",
+        "--duration",
+        "1s",
+        "--json",
+    ]);
+    assert_eq!(outside.json()["failures"]["status-403"], 5);
+}
+
+fn switch_and_back(host: &Host) {
+    let report = host.zd(&["switch", "--reason", "ticket 4712", "--json"]).ok().json();
+    assert_eq!((&report["from"]["version"], &report["to"]["version"]), (&"v1".into(), &"v2".into()));
+    assert!(report["total_ms"].as_f64().unwrap() < 1000.0, "{report}");
+    assert!(report["to"]["digest"].as_str().unwrap().starts_with("sha256:"));
+    let again = host.zd(&["switch", "--to", "green", "--json"]).ok().json();
+    assert_eq!(again["changed"], false, "switch --to is no toggle");
+    let status = host.zd(&["status", "--json"]).ok().json();
+    assert_eq!(status["services"][0]["active"], "green");
+    assert_eq!(status["drift"].as_array().unwrap().len(), 0, "{}", status["drift"]);
+    host.zd(&["rollback", "--json"]).ok();
+    assert_eq!(host.active(), "blue");
+    let history = host.zd(&["history", "--json"]).ok().json();
+    let text = history.to_string();
+    assert!(text.contains("ticket 4711") && text.contains("ticket 4712"), "{text}");
+    // A log that somebody edits is noticed.
+    host.sh("cp /var/log/zd/audit.jsonl /tmp/a; sed -i 's/4712/4713/' /var/log/zd/audit.jsonl");
+    host.zd(&["history"]).fails(11, "audit", &["broken at line"]);
+    host.sh("cp /tmp/a /var/log/zd/audit.jsonl; rm /tmp/a");
+    host.zd(&["history"]).ok();
+}
+
+fn a_bad_version_puts_the_standby_back(host: &Host) {
+    let before = host.sh("docker ps --no-trunc --format '{{.Names}} {{.ID}}' | sort");
+    for (version, part) in [("sick", "status 503"), ("dies", "it keeps ending")] {
+        let said = host.zd(&["deploy", version]).fails(8, "unhealthy", &[part, "its last lines:"]);
+        assert!(said.err.contains("hello"), "the container's own words: {}", said.err);
+        assert_eq!(host.sh("docker ps --no-trunc --format '{{.Names}} {{.ID}}' | sort"), before);
+    }
+    assert_eq!(host.sh("docker ps -aq | wc -l").trim(), "4", "nothing of the failed deploys is left");
+    let status = host.zd(&["status", "--json"]).ok().json();
+    assert_eq!(status["drift"].as_array().unwrap().len(), 0, "{}", status["drift"]);
+    // One that only starts slowly is waited for.
+    host.zd(&["deploy", "lazy"]).ok();
+    host.zd(&["deploy", "v2"]).ok();
+}
+
+fn rollback_restarts_what_was_replaced(host: &Host) {
+    host.zd(&["switch", "--to", "green"]).ok(); // v2, from blue v1
+    host.zd(&["deploy", "v3"]).ok(); // over v1 in blue
+    let report = host.zd(&["rollback", "--json"]).ok().json();
+    assert_eq!((&report["to"]["slot"], &report["to"]["version"]), (&"blue".into(), &"v1".into()));
+    // And when it was stopped by hand.
+    host.sh("docker stop -t 0 zd-hello-green-1 >/dev/null");
+    let report = host.zd(&["rollback", "--json"]).ok().json();
+    assert_eq!((&report["to"]["slot"], &report["to"]["version"]), (&"green".into(), &"v2".into()));
+    host.zd(&["switch", "--to", "blue"]).ok();
+}
+
+fn two_at_once(host: &Host) {
+    let deploy = host.spawn(&["zd", "deploy", "lazy"]);
+    std::thread::sleep(std::time::Duration::from_millis(1000));
+    host.zd(&["switch"]).fails(9, "locked", &["zd deploy", "process"]);
+    deploy.wait().ok();
+    host.zd(&["deploy", "v2"]).ok();
+}
+
+fn drift_is_shown(host: &Host) {
+    host.sh("docker rm -f zd-hello-green-2 >/dev/null");
+    let status = host.zd(&["status"]).ok();
+    assert!(status.out.contains("zd-hello-green-2 is gone"), "{}", status.out);
+    host.zd(&["switch"]).fails(8, "unhealthy", &["nothing was changed"]);
+    assert_eq!(host.zd(&["doctor"]).code, 5);
+    host.zd(&["deploy", "v2"]).ok();
+    host.zd(&["doctor"]).ok();
+}
+
+fn reboot(host: &Host) {
+    host.zd(&["switch", "--to", "green"]).ok();
+    let start = Instant::now();
+    host.restart();
+    let url = format!("http://{}/hello", host.ip);
+    let report = loop {
+        let said = host.run(&["zd", "loadtest", &url, "--rate", "20", "--duration", "1s", "--json"]);
+        if said.code == 0 {
+            break said.json();
+        }
+        assert!(start.elapsed().as_secs() < 90, "does not serve after a reboot: {}", said.out);
+        std::thread::sleep(std::time::Duration::from_millis(500));
+    };
+    println!("reboot: serving {:.1} s after `docker restart`", start.elapsed().as_secs_f32());
+    assert_eq!(report["versions"]["v2"], 20, "the same slot as before");
+    let mut drift = String::new();
+    for _ in 0..40 {
+        drift = host.zd(&["status", "--json"]).ok().json()["drift"].to_string();
+        if drift == "[]" {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(500));
+    }
+    assert_eq!(drift, "[]");
+}

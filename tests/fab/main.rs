@@ -1,0 +1,9 @@
+//! zd on booted hosts without a network. Run by `./test`, which prepares what they need:
+//! `cargo test --release --test fab -- --ignored --test-threads=1 --nocapture`
+
+mod host;
+
+mod bad_hosts;
+mod crash;
+mod install;
+mod traffic;
