@@ -11,7 +11,6 @@ use serde::Serialize;
 
 use crate::bundle::manifest::Target;
 use crate::error::{At, Code, Result};
-use crate::host::exec;
 use crate::host::firewall::Firewall;
 
 #[derive(Debug, Serialize)]
@@ -80,7 +79,7 @@ impl Facts {
             firewall: Firewall::active().await?,
             docker_answers,
             programs,
-            package_lock: package_lock().await,
+            package_lock: package_lock(),
         })
     }
 
@@ -199,23 +198,29 @@ fn describe(process: &procfs::process::Process) -> (String, bool) {
     (format!("{name} (process {}, {unit})", process.pid), unit.starts_with("zd-"))
 }
 
-/// dpkg(1) and apt take fcntl locks; who holds one is in /proc/locks, by inode.
-async fn package_lock() -> Option<String> {
-    use std::os::unix::fs::MetadataExt;
-    let locks = fs::read_to_string("/proc/locks").ok()?;
+/// dpkg(1) and apt hold fcntl(2) locks while they work; names who does.
+fn package_lock() -> Option<String> {
+    use rustix::fs::{FlockOperation, fcntl_lock};
     for path in ["/var/lib/dpkg/lock-frontend", "/var/lib/dpkg/lock"] {
-        let Ok(meta) = fs::metadata(path) else { continue };
-        let inode = format!(":{}", meta.ino());
-        for line in locks.lines() {
-            let fields: Vec<&str> = line.split_whitespace().collect();
-            if fields.get(5).is_some_and(|f| f.ends_with(&inode)) {
-                let pid = fields.get(4).copied().unwrap_or("?");
-                let name = exec::try_run(&["ps", "-o", "comm=", "-p", pid]).await.ok()?.stdout;
-                return Some(format!("{} (process {pid}) holds {path}", name.trim()));
-            }
+        // Not there, or not ours to open: then it cannot be looked at, which is not bad.
+        let Ok(file) = fs::OpenOptions::new().read(true).write(true).open(path) else { continue };
+        if fcntl_lock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+            let holder = processes_with(Path::new(path)).next().unwrap_or_else(|| "another process".into());
+            return Some(format!("{holder} holds {path}"));
         }
     }
     None
+}
+
+fn processes_with(path: &Path) -> impl Iterator<Item = String> {
+    let own = std::process::id();
+    let all = procfs::process::all_processes().into_iter().flatten().flatten();
+    let others = all.filter(move |p| p.pid as u32 != own);
+    others.filter_map(move |process| {
+        let mut fds = process.fd().ok()?.flatten();
+        let has = fds.any(|fd| matches!(&fd.target, procfs::process::FDTarget::Path(p) if p == path));
+        has.then(|| describe(&process).0)
+    })
 }
 
 /// Free and total bytes of the file system that holds (or will hold) `path`, and which one it is.

@@ -7,6 +7,7 @@ mod bundle;
 mod cmd;
 mod error;
 mod facts;
+mod failpoint;
 mod host;
 mod ids;
 mod loadtest;

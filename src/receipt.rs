@@ -5,12 +5,12 @@ use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{At, Code, OrCode, Result};
+use crate::failpoint;
 use crate::host::{fs as hostfs, paths};
 use crate::ids::Digest;
 use crate::plan::{Plan, Undo};
@@ -142,7 +142,7 @@ impl Receipt {
         line.push(b'\n');
         let file = self.file.as_mut().ok_or_else(|| Code::Bug.err("a receipt without a file"))?;
         file.write_all(&line).and_then(|()| file.sync_data()).at(&self.path)?;
-        failpoint();
+        failpoint::journal_entry();
         Ok(())
     }
 
@@ -173,16 +173,6 @@ impl Receipt {
         self.append(&Entry::End { outcome, at: Timestamp::now() })?;
         self.outcome = Some(outcome);
         Ok(())
-    }
-}
-
-/// For the tests that kill zd after every journal entry: `ZD_FAILPOINT=journal:N` dies at the Nth.
-fn failpoint() {
-    static WRITTEN: AtomicU32 = AtomicU32::new(0);
-    let written = WRITTEN.fetch_add(1, Ordering::Relaxed) + 1;
-    let at = std::env::var("ZD_FAILPOINT").ok().and_then(|v| v.strip_prefix("journal:")?.parse().ok());
-    if at == Some(written) {
-        let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
     }
 }
 

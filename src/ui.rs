@@ -16,6 +16,8 @@ pub struct Ui {
     color: bool,
     bars: MultiProgress,
     live: bool,
+    /// A report stands on stdout: there is one JSON value, not two.
+    reported: Arc<AtomicBool>,
 }
 
 impl Ui {

@@ -4,12 +4,9 @@ mod support;
 
 use std::fs;
 use std::path::Path;
-use std::process::{Command, Stdio};
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use serde_json::{Value, json};
-use support::forge::{BLOBS, LOCK, Member, Parts, SIG};
+use support::forge::{BLOBS, LOCK, Member, Parts, SIG, hostile_values};
 use support::image::{config, docker_archive, gunzip, gzip, layer, oci_archive, oci_layout};
 use support::server::{Answer, Server};
 use support::*;
@@ -151,38 +148,6 @@ fn other_tools_read_the_bundle_as_an_oci_archive() {
 
 // ---- What verify refuses
 
-/// `zd verify` of each altered copy, on two threads; returns what was not refused with exit code 4.
-fn not_refused<T: Sync>(
-    site: &Site,
-    cases: &[T],
-    alter: impl Fn(&T, &mut Vec<u8>) -> String + Sync,
-) -> Vec<String> {
-    let good = fs::read(site.bundle()).unwrap();
-    let (next, wrong) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
-    std::thread::scope(|scope| {
-        for thread in 0..2 {
-            let (good, next, wrong, alter) = (&good, &next, &wrong, &alter);
-            scope.spawn(move || {
-                let name = format!("altered-{thread}.zd.tar");
-                while let Some(case) = cases.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    let mut bytes = good.clone();
-                    let what = alter(case, &mut bytes);
-                    let path = site.write(&name, &bytes);
-                    let mut zd = Command::new(ZD);
-                    zd.arg("verify").arg(path).arg("--key").arg(site.path("zd.pub")).stdin(Stdio::null());
-                    let out = zd.output().unwrap();
-                    let said = String::from_utf8_lossy(&out.stderr);
-                    let named = said.contains("error[bundle]: ") || said.contains("error[signature]: ");
-                    if out.status.code() != Some(4) || !named || !out.stdout.is_empty() {
-                        wrong.lock().unwrap().push(format!("{what}: {} {said}", out.status));
-                    }
-                }
-            });
-        }
-    });
-    wrong.into_inner().unwrap()
-}
-
 #[test]
 fn any_flipped_bit_is_found() {
     let site = Site::packed();
@@ -200,7 +165,7 @@ fn any_flipped_bit_is_found() {
         .enumerate()
         .map(|(i, p)| (*p, if i < 8192 { random.below(8) as u8 } else { (i % 8) as u8 }))
         .collect();
-    let wrong = not_refused(&site, &cases, |(p, bit), bytes| {
+    let wrong = site.not_refused(&cases, |(p, bit), bytes| {
         bytes[*p] ^= 1 << bit;
         format!("byte {p} bit {bit} ({})", regions.iter().find(|(_, r)| r.contains(p)).unwrap().0)
     });
@@ -216,14 +181,14 @@ fn a_bundle_that_is_cut_off_or_longer_is_refused() {
     let mut lengths: Vec<usize> = vec![1, len - 1, len - 511, len - 512, len - 513, len - 1023];
     lengths.extend(regions.iter().flat_map(|(_, r)| [r.start, r.start + 1, r.end - 1]));
     lengths.extend((0..150).map(|_| random.below(len)));
-    let wrong = not_refused(&site, &lengths, |n, bytes| {
+    let wrong = site.not_refused(&lengths, |n, bytes| {
         bytes.truncate(*n);
         format!("cut to {n} of {len}")
     });
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     let tails =
         [vec![0], vec![1], vec![0; 512], vec![0; 1024], vec![0; 10_240], noise(1, 700), b"\n".to_vec()];
-    let wrong = not_refused(&site, &tails, |tail, bytes| {
+    let wrong = site.not_refused(&tails, |tail, bytes| {
         bytes.extend(tail);
         format!("{} bytes more", tail.len())
     });
@@ -344,36 +309,8 @@ fn only_the_trusted_keys_signature_counts() {
     assert_eq!(site.snapshot(), before);
 
     let good = Parts::read(&site.bundle());
-    let signature = good.signature();
-    let lines: Vec<&str> = signature.lines().collect();
-    let by_other = good.with_lock(&good.0[LOCK].body, &site.path("other.key"));
-    let global = BASE64.decode(lines[3]).unwrap();
-    let with_global =
-        |bytes: &[u8]| format!("{}\n{}\n{}\n{}\n", lines[0], lines[1], lines[2], BASE64.encode(bytes));
-    let hostile: Vec<(&str, Vec<u8>)> = vec![
-        ("nothing", vec![]),
-        ("not text", vec![0xff; 300]),
-        ("empty lines", b"\n\n\n\n".to_vec()),
-        ("one letter", vec![b'a'; 4096]),
-        ("longer than any", vec![b'a'; 4097]),
-        ("by another key", by_other.0[SIG].body.clone()),
-        ("of another bundle", good.with_lock(b"{}", &site.path("zd.key")).0[SIG].body.clone()),
-        ("three lines", lines[..3].join("\n").into_bytes()),
-        ("a line more", format!("{signature}more\n").into_bytes()),
-        ("no newline", signature.trim_end().into()),
-        ("other newlines", signature.replace('\n', "\r\n").into_bytes()),
-        ("comment changed", signature.replacen("signature of", "approved by", 1).into_bytes()),
-        (
-            "trusted comment changed",
-            signature.replacen("zd bundle demo-1", "zd bundle demo-2", 1).into_bytes(),
-        ),
-        ("comment's signature empty", with_global(&[]).into_bytes()),
-        ("comment's signature short", with_global(&global[..40]).into_bytes()),
-        ("comment's signature long", with_global(&[global.as_slice(), &[0]].concat()).into_bytes()),
-        ("comment's signature longer", with_global(&[global.as_slice(), &[7; 64]].concat()).into_bytes()),
-    ];
     let mut wrong = Vec::new();
-    for (what, text) in hostile {
+    for (what, text) in good.hostile_signatures(&site.path("zd.key"), &site.path("other.key")) {
         let path = site.write("forged.zd.tar", &good.with_signature(&text).bytes());
         wrong
             .extend(site.verify(&path).not_refused(SIGNATURE, &["do: "]).map(|why| format!("{what}: {why}")));
@@ -412,41 +349,7 @@ fn a_signed_lock_is_not_believed_either() {
             site.verify(&path).not_refused(BUNDLE, &[text, "do: "]).map(|why| format!("{what}: {why}")),
         );
     };
-    // One value at a pointer, replaced.
-    let values: Vec<(&str, Value, &str)> = vec![
-        ("/blobs/1/size", json!(u64::MAX), "cannot be right"),
-        ("/blobs/1/size", json!(1u64 << 63), "cannot be right"),
-        ("/blobs/1/size", json!((1u64 << 40) + 1), "cannot be right"),
-        ("/blobs/8/size", json!(1u64 << 40), "size, owner or time"),
-        ("/blobs/1/size", json!(-1), "cannot be read"),
-        ("/blobs/1/size", json!(512.0), "cannot be read"),
-        ("/blobs/1/size", json!("512"), "cannot be read"),
-        ("/blobs/1/size", json!(1.9e19), "cannot be read"),
-        ("/images/0/unpacked", json!(u64::MAX), "cannot be right"),
-        ("/blobs/1/role", json!("script"), "unknown variant"),
-        ("/blobs/1/digest", json!(format!("sha256:{}", "AB".repeat(32))), "is not a digest"),
-        ("/blobs/1/digest", json!("sha256:../../../../etc/passwd"), "is not a digest"),
-        ("/blobs/1/digest", json!(format!("sha512:{}", "ab".repeat(64))), "is not a digest"),
-        ("/images/0/layers/0", json!(format!("sha256:{}", "00".repeat(32))), "not listed among the blobs"),
-        ("/images/0/ref", json!("../etc:v1"), "is not a name"),
-        ("/images/0/ref", json!("Hello:v1"), "is not a name"),
-        ("/images/0/ref", json!("hello"), "is not name:version"),
-        ("/images/0/ref", json!("hello:"), "is not a version"),
-        ("/images/0/ref", json!("hello:v1/../v2"), "is not a version"),
-        ("/images/0/ref", json!("hello:-v1"), "is not a version"),
-        ("/files/0/name", json!("../../etc/cron.d/x"), "is not a version"),
-        ("/name", json!("a/b"), "is not a name"),
-        ("/version", json!(".."), "is not a version"),
-        ("/created", json!("yesterday"), "cannot be read"),
-        ("/engine", json!("shell"), "unknown variant"),
-        ("/schema", json!(2), "schema 2"),
-        ("/schema", json!(0), "schema 0"),
-        ("/schema", json!(-1), "cannot be read"),
-        ("/schema", json!("1"), "cannot be read"),
-        ("/files", json!([]), "used by nothing"),
-        ("/files", json!(null), "cannot be read"),
-    ];
-    for (pointer, value, text) in values {
+    for (pointer, value, text) in hostile_values() {
         let mut lock = good.lock();
         *lock.pointer_mut(pointer).unwrap_or_else(|| panic!("{pointer} is in the lock")) = value.clone();
         refused(&format!("{pointer} = {value}"), &serde_json::to_vec_pretty(&lock).unwrap(), text);
@@ -662,12 +565,4 @@ fn a_url_that_gives_something_else_stops_the_pack() {
     packing(&site, &server, &sum).good();
     assert_eq!(server.seen().last().unwrap().range.as_deref(), Some("bytes=40000-"));
     assert_eq!(server.seen().iter().map(|s| s.sent).sum::<usize>(), file.len());
-}
-
-/// Names in a folder, sorted; none where it is not there.
-fn entries(dir: &Path) -> Vec<String> {
-    let found = fs::read_dir(dir).into_iter().flatten();
-    let mut names: Vec<String> = found.map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
-    names.sort();
-    names
 }

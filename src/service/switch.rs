@@ -14,6 +14,7 @@ use super::state::State;
 use crate::audit::{self, Event, Release};
 use crate::bundle::manifest::Service;
 use crate::error::{Code, Error, Result};
+use crate::failpoint;
 use crate::host::config::Installed;
 use crate::host::{fs, http, paths};
 use crate::ids::{Name, Slot};
@@ -199,6 +200,7 @@ async fn hold_and_flip(service: &Service, gate: &Gate, from: Slot, to: Slot) -> 
     writing(&mut status, name).await?;
     let start = Instant::now();
     pointer::swap(name, Pointer::Held(from))?;
+    failpoint::reach("switch:held");
     let flipped = match drain(service, gate, &mut status, start).await {
         Ok(()) => pointer::swap(name, Pointer::Active(to)),
         Err(e) => Err(e),
@@ -210,9 +212,11 @@ async fn hold_and_flip(service: &Service, gate: &Gate, from: Slot, to: Slot) -> 
         fs::sync_dir(&paths::service(name))?;
         return Err(e);
     }
+    failpoint::reach("switch:flipped");
     // On disk before any client sees the new version: a power cut must not bring the old one back.
     let synced = fs::sync_dir(&paths::service(name));
     gate.release(to);
+    failpoint::reach("switch:released");
     synced?;
     Ok(start.elapsed())
 }

@@ -5,7 +5,9 @@ use std::io::Cursor;
 use std::ops::Range;
 use std::path::Path;
 
-use serde_json::Value;
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use serde_json::{Value, json};
 use tar::EntryType;
 
 pub const LOCK: usize = 2;
@@ -116,9 +118,73 @@ impl Parts {
         parts
     }
 
-    pub fn signature(&self) -> String {
-        String::from_utf8(self.0[SIG].body.clone()).unwrap()
+    /// Signatures that somebody without the secret key could put there: what is wrong, and the text.
+    pub fn hostile_signatures(&self, key: &Path, other_key: &Path) -> Vec<(&'static str, Vec<u8>)> {
+        let good = String::from_utf8(self.0[SIG].body.clone()).unwrap();
+        let lines: Vec<&str> = good.lines().collect();
+        let signed_by = |lock: &[u8], key: &Path| self.with_lock(lock, key).0[SIG].body.clone();
+        // The last line signs the first one and the trusted comment.
+        let of_comment = BASE64.decode(lines[3]).unwrap();
+        let with_last =
+            |bytes: &[u8]| [&lines[..3], &[&BASE64.encode(bytes), ""]].concat().join("\n").into_bytes();
+        let replaced = |from: &str, to: &str| good.replace(from, to).into_bytes();
+        vec![
+            ("nothing", vec![]),
+            ("not text", vec![0xff; 300]),
+            ("empty lines", b"\n\n\n\n".to_vec()),
+            ("one letter", vec![b'a'; 4096]),
+            ("longer than any", vec![b'a'; 4097]),
+            ("by another key", signed_by(&self.0[LOCK].body, other_key)),
+            ("of another lock", signed_by(b"{}", key)),
+            ("three lines", lines[..3].join("\n").into_bytes()),
+            ("a line more", format!("{good}more\n").into_bytes()),
+            ("no newline at its end", good.trim_end().into()),
+            ("other newlines", replaced("\n", "\r\n")),
+            ("comment changed", replaced("signature of", "approved by")),
+            ("trusted comment changed", replaced("zd bundle demo-1", "zd bundle demo-2")),
+            ("comment's signature empty", with_last(&[])),
+            ("comment's signature short", with_last(&of_comment[..40])),
+            ("comment's signature long", with_last(&[of_comment.as_slice(), &[0]].concat())),
+            ("comment's signature twice as long", with_last(&[of_comment.as_slice(), &[7; 64]].concat())),
+        ]
     }
+}
+
+/// Values that no working zd writes into a lock: where, what, and what has to be said about it.
+pub fn hostile_values() -> Vec<(&'static str, Value, &'static str)> {
+    vec![
+        ("/blobs/1/size", json!(u64::MAX), "cannot be right"),
+        ("/blobs/1/size", json!(1u64 << 63), "cannot be right"),
+        ("/blobs/1/size", json!((1u64 << 40) + 1), "cannot be right"),
+        ("/blobs/8/size", json!(1u64 << 40), "size, owner or time"),
+        ("/blobs/1/size", json!(-1), "cannot be read"),
+        ("/blobs/1/size", json!(512.0), "cannot be read"),
+        ("/blobs/1/size", json!("512"), "cannot be read"),
+        ("/blobs/1/size", json!(1.9e19), "cannot be read"),
+        ("/images/0/unpacked", json!(u64::MAX), "cannot be right"),
+        ("/blobs/1/role", json!("script"), "unknown variant"),
+        ("/blobs/1/digest", json!(format!("sha256:{}", "AB".repeat(32))), "is not a digest"),
+        ("/blobs/1/digest", json!("sha256:../../../../etc/passwd"), "is not a digest"),
+        ("/blobs/1/digest", json!(format!("sha512:{}", "ab".repeat(64))), "is not a digest"),
+        ("/images/0/layers/0", json!(format!("sha256:{}", "00".repeat(32))), "not listed among the blobs"),
+        ("/images/0/ref", json!("../etc:v1"), "is not a name"),
+        ("/images/0/ref", json!("Hello:v1"), "is not a name"),
+        ("/images/0/ref", json!("hello"), "is not name:version"),
+        ("/images/0/ref", json!("hello:"), "is not a version"),
+        ("/images/0/ref", json!("hello:v1/../v2"), "is not a version"),
+        ("/images/0/ref", json!("hello:-v1"), "is not a version"),
+        ("/files/0/name", json!("../../etc/cron.d/x"), "is not a version"),
+        ("/name", json!("a/b"), "is not a name"),
+        ("/version", json!(".."), "is not a version"),
+        ("/created", json!("yesterday"), "cannot be read"),
+        ("/engine", json!("shell"), "unknown variant"),
+        ("/schema", json!(2), "schema 2"),
+        ("/schema", json!(0), "schema 0"),
+        ("/schema", json!(-1), "cannot be read"),
+        ("/schema", json!("1"), "cannot be read"),
+        ("/files", json!([]), "used by nothing"),
+        ("/files", json!(null), "cannot be read"),
+    ]
 }
 
 fn sign(bytes: &[u8], secret_key: &Path) -> String {
