@@ -1,6 +1,8 @@
 //! How zd talks: stderr is talk (steps, bars, warnings), stdout is data (one report, text or JSON).
 
 use std::io::{IsTerminal, Write};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -27,7 +29,8 @@ impl Ui {
         let live = term && !dumb && !quiet;
         let color = live && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
         let target = if live { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
-        Ui { json, quiet, color, bars: MultiProgress::with_draw_target(target), live }
+        let bars = MultiProgress::with_draw_target(target);
+        Ui { json, quiet, color, bars, live, reported: Arc::default() }
     }
 
     fn paint(&self, ansi: &str, text: &str) -> String {
@@ -98,6 +101,7 @@ impl Ui {
 
     /// The report of a command on stdout: one JSON value with `--json`, else `text`.
     pub fn report<T: Serialize>(&self, report: &T, text: impl FnOnce(&T) -> String) {
+        self.reported.store(true, Ordering::Relaxed);
         let mut out = std::io::stdout().lock();
         let shown = if self.json {
             serde_json::to_string_pretty(report).expect("reports are plain data")
@@ -111,7 +115,7 @@ impl Ui {
         }
     }
 
-    /// The error, on stderr; with `--json` also as one JSON object on stdout.
+    /// The error, on stderr; with `--json` also as one JSON object on stdout, unless a report stands there.
     pub fn error(&self, e: &Error) {
         self.line(&format!("{} {}", self.paint("1;31", &format!("error[{}]:", e.code.name())), e.what));
         if let Some(cure) = &e.cure {
@@ -120,7 +124,7 @@ impl Ui {
         if e.code == Code::Bug {
             self.line("  this is a fault of zd itself: please keep the output and report it");
         }
-        if self.json {
+        if self.json && !self.reported.load(Ordering::Relaxed) {
             let body = serde_json::json!({
                 "error": { "code": e.code.name(), "exit": e.code.exit(), "what": e.what, "cure": e.cure }
             });

@@ -46,7 +46,7 @@ fn bad_hosts_are_refused_before_anything_changes() {
         "perl",
         "-e",
         "open F, '+<', '/var/lib/dpkg/lock-frontend'; use Fcntl; \
-        fcntl(F, F_SETLK, pack('s s x!8 l! l! i', F_WRLCK, 0, 0, 0, 0)) or die; sleep 6",
+        my $l = pack('s s x!8 l! l! i', F_WRLCK, 0, 0, 0, 0); fcntl(F, F_SETLK, $l) or die; sleep 6",
     ]);
     std::thread::sleep(std::time::Duration::from_millis(700));
     install(&[]).fails(5, "preflight", &["package manager", "perl"]);

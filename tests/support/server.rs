@@ -33,11 +33,11 @@ impl Server {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let seen = Arc::new(Mutex::new(Vec::new()));
-        let (log, mut answers) = (seen.clone(), answers.to_vec().into_iter());
+        let (log, answers) = (seen.clone(), answers.to_vec());
         // Ends with the test program.
         std::thread::spawn(move || {
-            for stream in listener.incoming() {
-                serve(stream.unwrap(), &file, answers.next().unwrap_or(Answer::Good), &log);
+            for (i, stream) in listener.incoming().enumerate() {
+                serve(stream.unwrap(), &file, answers.get(i).copied().unwrap_or(Answer::Good), &log);
             }
         });
         Self { address, seen }
