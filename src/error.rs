@@ -181,3 +181,13 @@ impl<T, E: fmt::Display> OrCode<T> for std::result::Result<T, E> {
         self.map_err(|e| code.err(format!("{what}: {e}")))
     }
 }
+
+/// A file that a manifest names: missing is the manifest's fault, not the disk's.
+pub fn source_file(path: &Path, e: std::io::Error) -> Error {
+    if e.kind() != std::io::ErrorKind::NotFound {
+        return io(path, e);
+    }
+    Code::Source
+        .err(format!("{}: there is no such file", path.display()))
+        .cure("correct the path in the manifest (it is relative to the manifest)")
+}

@@ -115,6 +115,10 @@ impl Lock {
                 return Err(bad(format!("{} is listed twice", blob.digest)));
             }
         }
+        if let Some(image) = lock.images.iter().find(|i| i.unpacked > MAX_BLOB) {
+            let (what, size) = (&image.reference, image.unpacked);
+            return Err(bad(format!("image {what}: an unpacked size of {size} bytes cannot be right")));
+        }
         let mut order = lock.blobs.clone();
         sort_blobs(&mut order);
         if order != lock.blobs {

@@ -44,8 +44,11 @@ impl Bundle {
         let index = head.member(1, MAX_LOCK)?;
         let lock_bytes = head.member(2, MAX_LOCK)?;
         let signature = head.member(3, MAX_SIGNATURE)?;
-        let signature = String::from_utf8(signature)
-            .map_err(|_| Code::Signature.err("the bundle's signature is not text: it was altered"))?;
+        let signature = String::from_utf8(signature).map_err(|_| {
+            Code::Signature
+                .err("the bundle's signature is not text: it was altered")
+                .cure("do not use this bundle; copy it again from its source")
+        })?;
         let key = signature::verify(&lock_bytes, &signature, trusted)?.clone();
 
         let lock = Lock::parse(&lock_bytes)?;

@@ -3,6 +3,8 @@
 use std::io::Cursor;
 use std::path::Path;
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD as BASE64;
 use minisign::{KeyPair, PublicKey, SecretKey, SecretKeyBox, SignatureBox};
 
 use crate::error::{At, Code, OrCode, Result};
@@ -67,6 +69,19 @@ pub fn generate(password: Option<String>) -> Result<(String, Key)> {
     Ok((secret.into_string(), key))
 }
 
+/// Whether a secret key file is encrypted, by its KDF field; None where it is no secret key at all
+/// (minisign's key format: algorithm 2, KDF 2, checksum 2, salt 32, limits 16, key 104 bytes).
+fn is_encrypted(text: &str) -> Option<bool> {
+    let bytes = BASE64.decode(text.lines().nth(1)?.trim()).ok()?;
+    (bytes.len() == 158).then(|| bytes[2..4] != [0, 0])
+}
+
+fn no_secret_key(path: &Path) -> crate::error::Error {
+    Code::Signature
+        .err(format!("secret key {}: not a secret key as `zd keygen` writes it", path.display()))
+        .cure("give the .key file, not the .pub file; `zd keygen` makes a pair")
+}
+
 pub struct Signer {
     secret: SecretKey,
     pub key: Key,
@@ -77,13 +92,14 @@ impl Signer {
     pub fn read(path: &Path, password: impl FnOnce() -> Result<String>) -> Result<Self> {
         let text = std::fs::read_to_string(path).at(path)?;
         let doing = format!("secret key {}", path.display());
-        let boxed = SecretKeyBox::from_string(&text).or_code(Code::Signature, &doing)?;
-        let secret = match boxed.clone().into_unencrypted_secret_key() {
-            Ok(secret) => secret,
-            Err(_) => boxed
+        let boxed = SecretKeyBox::from_string(&text).map_err(|_| no_secret_key(path))?;
+        let secret = if is_encrypted(&text).ok_or_else(|| no_secret_key(path))? {
+            boxed
                 .into_secret_key(Some(password()?))
                 .or_code(Code::Signature, &doing)
-                .map_err(|e| e.cure("give the right password (ZD_KEY_PASSWORD, or at the prompt)"))?,
+                .map_err(|e| e.cure("give the right password (ZD_KEY_PASSWORD, or at the prompt)"))?
+        } else {
+            boxed.into_unencrypted_secret_key().or_code(Code::Signature, &doing)?
         };
         let key = PublicKey::from_secret_key(&secret).or_code(Code::Signature, &doing)?;
         Ok(Self { key: Key { line: key.to_base64(), key }, secret })
@@ -109,6 +125,11 @@ pub fn verify<'k>(bytes: &[u8], signature: &str, trusted: &'k [Key]) -> Result<&
             .err(format!("the bundle's signature {what}"))
             .cure("do not use this bundle; copy it again from its source")
     };
+    // minisign takes this field's length on trust; more or fewer than 64 bytes is no Ed25519 signature.
+    let global = signature.lines().nth(3).and_then(|line| BASE64.decode(line).ok());
+    if global.is_none_or(|bytes| bytes.len() != 64) {
+        return Err(damaged("cannot be read"));
+    }
     let parsed = SignatureBox::from_string(signature).map_err(|_| damaged("cannot be read"))?;
     // One text per signature: bytes that no signature covers (comment, base64 slack) must not vary.
     if parsed.to_string() != signature || parsed.untrusted_comment().ok().as_deref() != Some(COMMENT) {

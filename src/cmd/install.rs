@@ -58,6 +58,7 @@ struct Report {
 
 pub async fn run(args: Args, ui: &Ui) -> Result<()> {
     let start = Instant::now();
+    asked_ip(&args)?;
     let (bundle, trust) = args.bundle.open()?;
     check_target(&bundle, &facts::target()?)?;
     if trust == super::verify::Trust::FirstUse {
@@ -199,6 +200,18 @@ fn known_config(bundle: &Bundle) -> Result<Option<HostConfig>> {
     Ok((config.bundle == bundle.id).then_some(config))
 }
 
+/// What `--ip` asks for; None is `auto`.
+fn asked_ip(args: &Args) -> Result<Option<Ipv4Addr>> {
+    if args.ip == "auto" {
+        return Ok(None);
+    }
+    args.ip.parse().map(Some).map_err(|_| {
+        Code::Usage
+            .err(format!("--ip {:?} is not an IPv4 address", args.ip))
+            .cure("--ip auto, or one of this host's addresses")
+    })
+}
+
 fn decide(
     args: &Args,
     facts: &Facts,
@@ -206,14 +219,7 @@ fn decide(
     known: Option<&HostConfig>,
     ui: &Ui,
 ) -> Result<HostConfig> {
-    let asked = match args.ip.as_str() {
-        "auto" => None,
-        given => Some(given.parse::<Ipv4Addr>().map_err(|_| {
-            Code::Usage
-                .err(format!("--ip {given:?} is not an IPv4 address"))
-                .cure("--ip auto, or one of this host's addresses")
-        })?),
-    };
+    let asked = asked_ip(args)?;
     if let Some(known) = known {
         return match asked {
             Some(ip) if ip != known.ip => Err(Code::Usage
@@ -286,5 +292,5 @@ fn installed_size(bundle: &Bundle) -> Result<u64> {
     let Some(index) = &bundle.lock.apt_index else { return Ok(0) };
     let text = String::from_utf8(bundle.small_blob(index)?).or_code(Code::Bundle, "the apt index")?;
     let sizes = text.lines().filter_map(|l| l.strip_prefix("Installed-Size: ")?.trim().parse::<u64>().ok());
-    Ok(sizes.sum::<u64>() * 1024)
+    Ok(sizes.fold(0u64, u64::saturating_add).saturating_mul(1024))
 }

@@ -35,9 +35,15 @@ struct Report {
 }
 
 pub fn run(args: Args, ui: &Ui) -> Result<()> {
+    let (secret, public) = (with_suffix(&args.out, ".key"), with_suffix(&args.out, ".pub"));
+    // Both before either: a secret key without its public one is of no use.
+    for path in [&secret, &public] {
+        if path.exists() {
+            return Err(taken(path));
+        }
+    }
     let password = if args.password { Some(ask_password(true)?) } else { None };
     let (secret_text, key) = signature::generate(password)?;
-    let (secret, public) = (with_suffix(&args.out, ".key"), with_suffix(&args.out, ".pub"));
     create(&secret, &secret_text, 0o600)?;
     create(&public, &key.file_text(), 0o644)?;
     let report = Report { secret, public, key: key.line.clone(), fingerprint: key.fingerprint() };
@@ -75,10 +81,14 @@ fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
 fn create(path: &Path, text: &str, mode: u32) -> Result<()> {
     let file = OpenOptions::new().write(true).create_new(true).mode(mode).open(path);
     let mut file = file.map_err(|e| match e.kind() {
-        std::io::ErrorKind::AlreadyExists => Code::Usage
-            .err(format!("{} is there already", path.display()))
-            .cure("a key is never overwritten: choose another --out"),
+        std::io::ErrorKind::AlreadyExists => taken(path),
         _ => crate::error::io(path, e),
     })?;
     file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).at(path)
+}
+
+fn taken(path: &Path) -> crate::error::Error {
+    Code::Usage
+        .err(format!("{} is there already", path.display()))
+        .cure("a key is never overwritten: choose another --out")
 }

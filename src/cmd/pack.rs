@@ -11,10 +11,10 @@ use crate::assets;
 use crate::bundle::lock::{self, Image, Lock, Role};
 use crate::bundle::manifest::{FileSource, Manifest, Target};
 use crate::bundle::signature::{Key, Signer};
-use crate::bundle::sources::cache::{Cache, hash_file};
+use crate::bundle::sources::cache::{Cache, hash, hash_file};
 use crate::bundle::sources::{Blobs, apt, image, url};
 use crate::bundle::writer;
-use crate::error::{At, Code, Result};
+use crate::error::{At, Code, Result, source_file};
 use crate::ids::Digest;
 use crate::ui::Ui;
 
@@ -58,7 +58,6 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
             _ => e,
         })?;
     let folder = args.out.unwrap_or_else(|| format!("{}-{}", manifest.name, manifest.version).into());
-    fs::create_dir_all(&folder).at(&folder)?;
 
     let cache = Cache::open()?;
     let mut blobs = Blobs::default();
@@ -95,6 +94,7 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
         services: manifest.services,
         blobs: blob_list,
     };
+    fs::create_dir_all(&folder).at(&folder)?;
     let bundle = folder.join(format!("{}.zd.tar", lock.title()));
     let bar = ui.bytes("write bundle", lock.blobs.iter().map(|b| b.size).sum());
     let (digest, bytes) = writer::write(&bundle, &lock, &signer, &paths, |n| bar.inc(n))?;
@@ -149,7 +149,9 @@ async fn resolve_file(source: &FileSource, cache: &Cache, blobs: &mut Blobs, ui:
             (digest, size, path)
         }
         (_, _, Some(path)) => {
-            let (digest, size) = hash_file(path)?;
+            let file = fs::File::open(path)
+                .map_err(|e| source_file(path, e).during(format!("file {}", source.name)))?;
+            let (digest, size) = hash(file).at(path)?;
             (digest, size, path.clone())
         }
         _ => return Err(Code::Bug.err("a file source was not checked")),

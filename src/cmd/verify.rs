@@ -74,8 +74,16 @@ impl BundleArgs {
     fn keys(&self, bundle: &Path) -> Result<(Vec<Key>, Trust)> {
         if let Some(given) = &self.key {
             let path = Path::new(given);
-            let key = if path.exists() { Key::read(path) } else { Key::parse(given) };
-            return Ok((vec![key?], Trust::Given));
+            let key = if path.exists() {
+                Key::read(path)?
+            } else {
+                Key::parse(given).map_err(|_| {
+                    Code::Signature
+                        .err(format!("--key {given}: neither a file that is here nor a public key's line"))
+                        .cure("give the zd.pub that belongs to the bundle")
+                })?
+            };
+            return Ok((vec![key], Trust::Given));
         }
         let mut pinned = Vec::new();
         if let Ok(dir) = std::fs::read_dir(paths::TRUST) {

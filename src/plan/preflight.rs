@@ -192,7 +192,7 @@ fn disks(wants: &Wants, found: &mut Vec<Finding>) -> Result<()> {
     let sizes = |role| lock.blobs.iter().filter(|b| b.role == role).map(|b| b.size).sum::<u64>();
     use crate::bundle::lock::Role;
     let images: u64 = sizes(Role::ImageLayer) + sizes(Role::ImageConfig) + sizes(Role::ImageManifest);
-    let unpacked: u64 = lock.images.iter().map(|i| i.unpacked).sum();
+    let unpacked: u64 = lock.images.iter().fold(0, |sum: u64, i| sum.saturating_add(i.unpacked));
     let needs = [
         (paths::OPT, sizes(Role::Deb) + sizes(Role::AptIndex) + (64 << 20)),
         ("/usr", wants.packages_installed),
@@ -203,11 +203,11 @@ fn disks(wants: &Wants, found: &mut Vec<Finding>) -> Result<()> {
     for (path, need) in needs {
         let (device, free) = space(Path::new(path))?;
         let entry = by_device.entry(device).or_insert((0, free, Vec::new()));
-        entry.0 += need;
+        entry.0 = entry.0.saturating_add(need);
         entry.2.push(path);
     }
     for (need, free, on) in by_device.into_values() {
-        let need = need + DISK_SPARE;
+        let need = need.saturating_add(DISK_SPARE);
         let on = on.join(", ");
         let what = format!("{} needed, {} free for {on}", ByteSize(need), ByteSize(free));
         found.push(if need <= free {

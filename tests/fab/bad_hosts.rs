@@ -53,9 +53,9 @@ fn bad_hosts_are_refused_before_anything_changes() {
     let _ = busy.wait();
 
     // Two plausible addresses and no route out.
-    host.sh("ip link add dummy7 type dummy 2>/dev/null && ip addr add 10.77.0.5/24 dev dummy7 && ip link set dummy7 up");
-    install(&[]).fails(5, "preflight", &["10.77.0.5 (dummy7)", &host.ip, "--ip"]);
-    host.sh("ip link del dummy7");
+    host.sh("ip link add eth7 type veth peer name veth7 && ip addr add 10.77.0.5/24 dev eth7 && ip link set eth7 up");
+    install(&[]).fails(5, "preflight", &["10.77.0.5 (eth7)", &host.ip, "--ip"]);
+    host.sh("ip link del eth7");
 
     // No room: the exact need is named.
     host.sh("mkdir -p /opt/zd && mount -t tmpfs -o size=64m tmpfs /opt/zd");

@@ -20,7 +20,7 @@ use super::cache::{Cache, hash, hash_file};
 use crate::bundle::gzip;
 use crate::bundle::lock::{Image, Role};
 use crate::bundle::manifest::ImageSource;
-use crate::error::{At, Code, Error, OrCode, Result};
+use crate::error::{At, Code, Error, OrCode, Result, source_file};
 use crate::ids::Digest;
 use crate::ui::Ui;
 
@@ -38,17 +38,17 @@ pub async fn resolve(
     blobs: &mut Blobs,
     ui: &Ui,
 ) -> Result<Image> {
+    let named =
+        |e: Error| if e.code == Code::Source { e.during(format!("image {}", source.reference)) } else { e };
     let files = match source {
         ImageSource { docker: Some(name), .. } => from_daemon(name, cache, ui).await?,
         ImageSource { oci: Some(path), .. } | ImageSource { docker_archive: Some(path), .. } => {
-            Files::open(path, cache)?
+            Files::open(path, cache).map_err(named)?
         }
         _ => return Err(Code::Bug.err("an image source was not checked")),
     };
     let image = Resolve { source, arch, files, cache, blobs, ui };
-    image
-        .run()
-        .map_err(|e| if e.code == Code::Source { e.during(format!("image {}", source.reference)) } else { e })
+    image.run().map_err(named)
 }
 
 async fn from_daemon(name: &str, cache: &Cache, ui: &Ui) -> Result<Files> {
@@ -85,19 +85,23 @@ impl Files {
                 paths.insert(name.to_owned(), path.join(name));
             }
             let blobs = path.join("blobs/sha256");
-            for entry in std::fs::read_dir(&blobs).at(&blobs)? {
+            for entry in std::fs::read_dir(&blobs).map_err(|e| source_file(&blobs, e))? {
                 let name = entry.at(&blobs)?.file_name().to_string_lossy().into_owned();
                 paths.insert(format!("blobs/sha256/{name}"), blobs.join(name));
             }
             return Ok(Self { paths, _spool: None });
         }
-        let file = File::open(path).at(path)?;
+        let file = File::open(path).map_err(|e| source_file(path, e))?;
         let spool_root = cache.dir("tmp")?;
         let spool = TempDir::new_in(&spool_root).at(&spool_root)?;
         let mut paths = HashMap::new();
         let mut links = Vec::new();
         let bad = |e: std::io::Error| {
-            let e = Code::Source.err(format!("{}: not an image archive: {e}", path.display()));
+            let e = Code::Source.err(format!(
+                "{}: not an image archive: {}",
+                path.display(),
+                e.to_string().escape_default()
+            ));
             e.cure(
                 "expected a tar as `docker save` or `skopeo copy … oci-archive:` writes it, not compressed",
             )
