@@ -436,14 +436,14 @@ standby-listen = 8081
 
     #[test]
     fn the_place_of_an_unknown_key_is_shown() {
-        let e = Manifest::parse(&GOOD.replace("listen = 80", "listen = 80")).unwrap_err();
-        assert!(e.what.contains("listen") && e.what.contains("line 19, column"), "{}", e.what);
+        let e = Manifest::parse(&GOOD.replace("listen = 80\n", "lisen = 80\n")).unwrap_err();
+        assert!(e.what.contains("lisen") && e.what.contains("line 20, column 1"), "{}", e.what);
     }
 
     #[test]
     fn the_place_of_a_wrong_type_is_shown() {
         let e = Manifest::parse(&GOOD.replace("port = 8080", "port = \"x\"")).unwrap_err();
-        assert!(e.what.contains("line 18, column 8") && e.what.contains("u16"), "{}", e.what);
+        assert!(e.what.contains("line 19, column 8") && e.what.contains("u16"), "{}", e.what);
     }
 
     #[test]

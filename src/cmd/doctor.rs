@@ -89,14 +89,10 @@ fn bundle_findings(facts: &Facts) -> Vec<Finding> {
     };
     let mut found = vec![address];
     match opened {
-        Ok((bundle, _)) if bundle.lock.target == facts.target => {
-            found.push(Finding::ok("bundle", format!("{} is for this host", bundle.lock.title())));
-        }
-        Ok((bundle, _)) => found.push(Finding::bad(
-            "bundle",
-            format!("{} is for {}, this host is {}", bundle.lock.title(), bundle.lock.target, facts.target),
-            "bring a bundle packed for this host",
-        )),
+        Ok((bundle, _)) => match super::install::assess_before(&bundle, facts) {
+            Ok(findings) => found.extend(findings.into_iter().filter(|f| f.name != "address")),
+            Err(e) => found.push(Finding::bad("bundle", e.what, e.cure.unwrap_or_default())),
+        },
         Err(e) => found.push(Finding::note("bundle", e.what, e.cure.unwrap_or_default())),
     }
     found

@@ -17,10 +17,14 @@ use crate::host::config::{HostConfig, Installed};
 use crate::host::lock::HostLock;
 use crate::host::{Host, paths};
 use crate::ids::{Digest, Name};
-use crate::plan::{Undo, install as planner, preflight};
+use crate::plan::preflight::{self, Finding};
+use crate::plan::{Undo, install as planner};
 use crate::receipt::{self, Receipt};
 use crate::service::state::State;
 use crate::ui::Ui;
+
+/// Not 5000: that is the usual HSMS port of the equipment next to us.
+const REGISTRY_PORT: u16 = 5443;
 
 /// Install a bundle: registry, Docker, nginx and the services, blue and green
 #[derive(clap::Args)]
@@ -33,7 +37,7 @@ pub struct Args {
     #[arg(long, default_value = "auto", value_name = "auto|ADDRESS")]
     ip: String,
     /// Port of the private registry
-    #[arg(long, default_value_t = 5443, value_name = "PORT")]
+    #[arg(long, default_value_t = REGISTRY_PORT, value_name = "PORT")]
     registry_port: u16,
     /// First two octets of the containers' own network; chosen where not given
     #[arg(long, value_name = "A.B")]
@@ -78,16 +82,8 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
     let installed =
         Installed { host: decide(&args, &facts, &bundle, known.as_ref(), ui)?, lock: bundle.lock.clone() };
     let foreign_docker = facts.programs.contains_key("dockerd") && !docker_is_ours()?;
-    let wants = preflight::Wants {
-        lock: &bundle.lock,
-        ip: installed.host.ip,
-        registry_port: installed.host.registry_port,
-        packages_installed: installed_size(&bundle)?,
-        foreign_docker,
-        fresh: known.is_none(),
-    };
     let mut findings = preflight::host(&facts);
-    findings.extend(preflight::bundle(&facts, &wants)?);
+    findings.extend(assess(&bundle, &facts, &installed.host, foreign_docker, known.is_none())?);
     for note in findings.iter().filter(|f| f.good.is_none()) {
         ui.warn(format!("{}: {} ({})", note.name, note.what, note.cure));
     }
@@ -114,13 +110,16 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
             args.change.yes,
         )?;
     }
-    let summary =
-        apply::apply(&plan, &host, &audit::actor(), Some(&bundle.id)).await.map_err(|e| match e.cure {
-            None => e.cure(
-                "mend it and run the same command again (it goes on where it stopped), or go back: zd undo",
-            ),
-            Some(_) => e,
-        })?;
+    let summary = match apply::apply(&plan, &host, &audit::actor(), Some(&bundle.id)).await {
+        Ok(summary) => summary,
+        Err(e) => {
+            let (reason, detail) = (&args.change.reason, e.what.clone());
+            audit::append(Event { verb: "install", outcome: "failed", reason, detail, ..Event::default() })?;
+            let go_on =
+                "mend it and run the same command again (it goes on where it stopped), or go back: zd undo";
+            return Err(if e.cure.is_some() { e } else { e.cure(go_on) });
+        }
+    };
     if !summary.done.is_empty() {
         let detail = format!("{} {} {}", bundle.lock.title(), bundle.id, installed.host.ip);
         audit::append(Event {
@@ -167,6 +166,39 @@ fn text(r: &Report) -> String {
     )
 }
 
+/// What speaks for and against this bundle on this host.
+fn assess(
+    bundle: &Bundle,
+    facts: &Facts,
+    host: &HostConfig,
+    foreign_docker: bool,
+    fresh: bool,
+) -> Result<Vec<Finding>> {
+    let wants = preflight::Wants {
+        lock: &bundle.lock,
+        ip: host.ip,
+        registry_port: host.registry_port,
+        packages_installed: installed_size(bundle)?,
+        foreign_docker,
+        fresh,
+    };
+    preflight::bundle(facts, &wants)
+}
+
+/// As an `install --ip auto` of this bundle would find it; for `zd doctor`.
+pub fn assess_before(bundle: &Bundle, facts: &Facts) -> Result<Vec<Finding>> {
+    let host = HostConfig {
+        schema: 1,
+        ip: facts.auto_ip()?.ip,
+        subnet: free_subnet(facts)?,
+        registry_port: REGISTRY_PORT,
+        generation: 1,
+        bundle: bundle.id.clone(),
+    };
+    let foreign_docker = facts.programs.contains_key("dockerd") && !docker_is_ours()?;
+    assess(bundle, facts, &host, foreign_docker, true)
+}
+
 /// What the slots of the bundle's services hold by now; nothing before the first install.
 fn states(bundle: &Bundle) -> Result<BTreeMap<Name, State>> {
     let names = bundle.lock.services.iter().map(|s| s.name.clone());
@@ -175,12 +207,11 @@ fn states(bundle: &Bundle) -> Result<BTreeMap<Name, State>> {
 
 /// One bundle at a time: another one is an upgrade, or waits until this one is finished or undone.
 fn refuse_other(bundle: &Bundle, unfinished: Option<&Receipt>) -> Result<()> {
-    if let Some(r) = unfinished {
-        if r.header.verb != "install" || r.header.bundle.as_ref() != Some(&bundle.id) {
-            return Err(Code::Unfinished
-                .err(format!("an interrupted {} of {} stands in the way", r.header.verb, r.header.about))
-                .cure("finish it by running it again with the same bundle, or go back: zd undo"));
-        }
+    let other = |r: &&Receipt| r.header.verb != "install" || r.header.bundle.as_ref() != Some(&bundle.id);
+    if let Some(r) = unfinished.filter(other) {
+        return Err(Code::Unfinished
+            .err(format!("an interrupted {} of {} stands in the way", r.header.verb, r.header.about))
+            .cure("finish it by running it again with the same bundle, or go back: zd undo"));
     }
     match Installed::read()? {
         Some(i) if i.host.bundle != bundle.id => Err(Code::Unfinished
