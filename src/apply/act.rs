@@ -5,6 +5,7 @@ use std::io::{Read, Write};
 use std::path::Path;
 use std::time::Duration;
 
+use cap_std::fs::{Dir, OpenOptions, OpenOptionsExt};
 use sha2::{Digest as _, Sha256};
 
 use super::check::{coming, registry};
@@ -20,6 +21,8 @@ use crate::service::pointer::{self, Pointer};
 use crate::service::state::{Filled, State};
 use crate::service::{health, switch};
 
+/// Name of a file whose bytes are not checked yet.
+const UNFINISHED: &str = ".zd-unfinished";
 /// How long the registry and nginx may take to answer after their units have started.
 const READY: Duration = Duration::from_secs(30);
 
@@ -44,10 +47,12 @@ pub async fn act(step: &Step, host: &Host<'_>) -> Result<()> {
         }
         Step::Files { path, files } => {
             let bar = host.ui.count("files", files.len() as u64);
+            let dir = Dir::open_ambient_dir(path, cap_std::ambient_authority()).at(path)?;
             for (name, digest) in files {
-                extract(bundle(host)?, digest, &path.join(name), 0o644)?;
+                extract(bundle(host)?, digest, &dir, name).map_err(|e| e.during(path.display()))?;
                 bar.inc(1);
             }
+            hostfs::sync_dir(path)?;
             bar.finish_and_clear();
             Ok(())
         }
@@ -120,9 +125,14 @@ fn bundle<'a>(host: &Host<'a>) -> Result<&'a Bundle> {
     host.bundle.ok_or_else(|| Code::Bug.err("a step needs a bundle and there is none"))
 }
 
-/// A blob becomes a file only after its bytes were found to be the named ones.
-fn extract(bundle: &Bundle, digest: &Digest, path: &Path, mode: u32) -> Result<()> {
-    let mut temp = hostfs::temp_beside(path)?;
+/// A blob becomes a file only after its bytes were found to be the named ones. The name comes from the
+/// bundle: it is looked up beneath the folder's handle and can lead nowhere else.
+fn extract(bundle: &Bundle, digest: &Digest, dir: &Dir, name: &str) -> Result<()> {
+    // What a killed run left.
+    let _ = dir.remove_file(UNFINISHED);
+    let mut options = OpenOptions::new();
+    let options = options.write(true).create_new(true).mode(0o644);
+    let mut file = dir.open_with(UNFINISHED, options).at(name)?;
     let mut from = bundle.blob(digest)?;
     let (mut sha, mut buf) = (Sha256::new(), vec![0u8; 1 << 20]);
     loop {
@@ -131,14 +141,15 @@ fn extract(bundle: &Bundle, digest: &Digest, path: &Path, mode: u32) -> Result<(
             break;
         }
         sha.update(&buf[..n]);
-        temp.write_all(&buf[..n]).at(path)?;
+        file.write_all(&buf[..n]).at(name)?;
     }
     if Digest::from_hash(sha.finalize().as_slice()) != *digest {
         return Err(Code::Bundle
             .err(format!("blob {digest} changed since the bundle was verified"))
             .cure("the stick is failing or was exchanged: copy the bundle again"));
     }
-    hostfs::keep(temp, path, mode, (0, 0))
+    file.sync_all().at(name)?;
+    dir.rename(UNFINISHED, dir, name).at(name)
 }
 
 fn copy_tool(path: &Path) -> Result<()> {

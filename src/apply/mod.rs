@@ -12,7 +12,7 @@ use crate::ids::Digest;
 use crate::plan::{Plan, Undo};
 use crate::receipt::{self, Outcome, Receipt};
 
-pub use revert::sweep;
+pub use revert::{purge_leftovers, sweep};
 
 /// What looking at a step found.
 pub enum Check {

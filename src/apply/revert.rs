@@ -9,6 +9,7 @@ use crate::error::{Code, OrCode, Result};
 use crate::host::docker::{Docker, parked};
 use crate::host::{Host, exec, fs as hostfs, packages, paths, systemd};
 use crate::plan::{Keep, Undo};
+use crate::receipt::Receipt;
 
 pub async fn revert(undo: &Undo, host: &Host<'_>, purge: bool) -> Result<()> {
     match undo {
@@ -112,14 +113,23 @@ async fn purge_packages(
     leftovers.remove(purge).await
 }
 
-/// After the last undo with purge: what zd wrote before and beside its plans (receipts, audit, lock).
+/// What the daemons of packages left that an earlier uninstall took away without their data. Whoever has
+/// installed one of them again since then keeps it.
+pub async fn purge_leftovers(journals: &[Receipt]) -> Result<()> {
+    for undo in journals.iter().flat_map(|j| &j.steps).map(|i| &i.undo) {
+        if let Undo::Purge { packages, leftovers } = undo
+            && packages::missing(packages).await?.len() == packages.len()
+        {
+            leftovers.remove(true).await?;
+        }
+    }
+    Ok(())
+}
+
+/// After the last undo with purge: all that is zd's by its name, also what an earlier uninstall left.
 pub fn sweep() -> Result<()> {
-    hostfs::remove_tree(Path::new(paths::RECEIPTS))?;
-    for file in [paths::AUDIT, paths::AUDIT_HEAD] {
-        hostfs::remove_file(Path::new(file))?;
+    for tree in [paths::VAR, paths::LOG, paths::RUN] {
+        hostfs::remove_tree(Path::new(tree))?;
     }
-    for dir in [paths::LOG, paths::VAR] {
-        hostfs::remove_empty(Path::new(dir))?;
-    }
-    hostfs::remove_tree(Path::new(paths::RUN))
+    Ok(())
 }

@@ -32,9 +32,9 @@ struct Report {
 
 pub async fn run(args: Args, ui: &Ui) -> Result<()> {
     let _lock = if args.change.dry_run { None } else { Some(HostLock::take("uninstall")?) };
-    let mut journals: Vec<Receipt> =
-        receipt::all()?.into_iter().filter(|r| r.outcome != Some(Outcome::Undone)).collect();
-    if journals.is_empty() {
+    let (earlier, mut journals): (Vec<Receipt>, Vec<Receipt>) =
+        receipt::all()?.into_iter().partition(|r| r.outcome == Some(Outcome::Undone));
+    if journals.is_empty() && !(args.purge && !earlier.is_empty()) {
         return Err(Code::NotInstalled
             .err("zd is not installed on this host")
             .cure("there is nothing to remove"));
@@ -66,6 +66,7 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
         }
     }
     if args.purge {
+        apply::purge_leftovers(&earlier).await?;
         apply::sweep()?;
     } else {
         let reason = &args.change.reason;

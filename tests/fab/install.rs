@@ -29,6 +29,17 @@ fn install_deploy_switch_rollback_reboot_uninstall() {
     drift_is_shown(&host);
     reboot(&host);
 
+    // Without --purge the data stays, and the next install takes it up.
+    host.zd(&["uninstall"]).fails(2, "not-confirmed", &["--yes"]);
+    host.zd(&["uninstall", "--yes"]).ok();
+    assert_eq!(
+        host.sh("ls /var/lib/zd; ls /opt/zd /etc/zd 2>/dev/null || true"),
+        "audit.head\nreceipts\nregistry\nservices\n"
+    );
+    assert!(host.sh("command -v dockerd nginx docker-registry || echo none").contains("none"));
+    host.run(&["/stick/zd", "-q", "install"]).ok();
+    assert!(host.zd(&["history"]).ok().out.contains("uninstall done"), "the log goes on");
+
     host.zd(&["uninstall", "--purge", "--yes"]).ok();
     assert_eq!(
         differences(&before, &host.picture()),
