@@ -34,7 +34,7 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
     let _lock = if args.change.dry_run { None } else { Some(HostLock::take("uninstall")?) };
     let (earlier, mut journals): (Vec<Receipt>, Vec<Receipt>) =
         receipt::all()?.into_iter().partition(|r| r.outcome == Some(Outcome::Undone));
-    if journals.is_empty() && !(args.purge && !earlier.is_empty()) {
+    if journals.is_empty() && (earlier.is_empty() || !args.purge) {
         return Err(Code::NotInstalled
             .err("zd is not installed on this host")
             .cure("there is nothing to remove"));
