@@ -95,7 +95,11 @@ pub async fn check(step: &Step, host: &Host<'_>) -> Result<Check> {
         Step::Healthy { service, slot } => {
             let installed = coming(host)?;
             let service = installed.service(Some(service))?;
-            needed_unless(health::is_healthy(&installed, service, *slot).await, Undo::Nothing)
+            let healthy = match Docker::connect().await {
+                Ok(docker) => health::is_healthy(&installed, service, *slot, &docker).await.unwrap_or(false),
+                Err(_) => false,
+            };
+            needed_unless(healthy, Undo::Nothing)
         }
         Step::Pointer { service, .. } => {
             let link = pointer::link(service);

@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
+use jiff::{SignedDuration, Timestamp};
 use serde::Serialize;
 
 use crate::bundle::manifest::Service;
@@ -14,6 +15,8 @@ use crate::ids::Slot;
 
 const PROBE: Duration = Duration::from_secs(2);
 const EVERY: Duration = Duration::from_millis(100);
+/// A container younger than this has proved nothing yet.
+const SETTLE: SignedDuration = SignedDuration::from_secs(1);
 /// A container that died this often by itself will not become healthy by waiting.
 const RESTARTS: i64 = 3;
 
@@ -36,28 +39,51 @@ pub async fn probe(installed: &Installed, service: &Service, slot: Slot) -> Vec<
     futures_util::future::join_all(probes).await
 }
 
-pub async fn is_healthy(installed: &Installed, service: &Service, slot: Slot) -> bool {
-    probe(installed, service, slot).await.iter().all(|p| p.healthy)
+/// Healthy, and not only for the moment: a container that has just started may be about to end.
+pub async fn is_healthy(
+    installed: &Installed,
+    service: &Service,
+    slot: Slot,
+    docker: &Docker,
+) -> Result<bool> {
+    let life = look(service, slot, docker).await?;
+    Ok(life == Life::Settled && probe(installed, service, slot).await.iter().all(|p| p.healthy))
+}
+
+#[derive(PartialEq)]
+enum Life {
+    Settled,
+    Young,
+    /// Some container is gone, or keeps ending.
+    Dying,
+}
+
+/// How the slot's containers live, of which the least well tells.
+async fn look(service: &Service, slot: Slot, docker: &Docker) -> Result<Life> {
+    let mut life = Life::Settled;
+    for instance in 1..=service.instances {
+        let found = docker.find(&paths::container(&service.name, slot, instance)).await?;
+        let Some(found) = found.filter(|f| f.restarts < RESTARTS) else { return Ok(Life::Dying) };
+        let age = found.started_at.parse::<Timestamp>().map(|at| Timestamp::now().duration_since(at));
+        if !found.running || age.is_ok_and(|age| age < SETTLE) {
+            life = Life::Young;
+        }
+    }
+    Ok(life)
 }
 
 /// Waits until all are healthy; bounded; gives up early on a container that keeps dying.
 pub async fn wait(installed: &Installed, service: &Service, slot: Slot, docker: &Docker) -> Result<()> {
     let start = Instant::now();
     let limit = Duration::from_secs(service.health_timeout.into());
-    let mut looked = Instant::now();
     loop {
+        // In this order: healthy answers count only of containers that had settled before.
+        let life = look(service, slot, docker).await?;
         let probes = probe(installed, service, slot).await;
-        if probes.iter().all(|p| p.healthy) {
+        if life == Life::Settled && probes.iter().all(|p| p.healthy) {
             return Ok(());
         }
-        let mut dying = false;
-        if looked.elapsed() > Duration::from_millis(500) {
-            looked = Instant::now();
-            for instance in 1..=service.instances {
-                let name = paths::container(&service.name, slot, instance);
-                dying |= docker.find(&name).await?.is_none_or(|found| found.restarts >= RESTARTS);
-            }
-        }
+        let dying = life == Life::Dying;
         if dying || start.elapsed() > limit {
             return Err(unhealthy(service, slot, &probes, docker, dying, start.elapsed()).await);
         }

@@ -65,7 +65,7 @@ fn bad_hosts_are_refused_before_anything_changes() {
 
     // A disk that fills in the middle, against the forecast: an error, and a way on.
     host.sh("mkdir -p /opt/zd && mount -t tmpfs -o size=480m tmpfs /opt/zd");
-    let said = host.run(&["sh", "-c", "(sleep 0.05; dd if=/dev/zero of=/opt/zd/fill bs=1M 2>/dev/null) & /stick/zd install; c=$?; wait; exit $c"]);
+    let said = host.run(&["sh", "-c", "(while [ ! -d /opt/zd/generations ]; do :; done; fallocate -l 440M /opt/zd/fill) & /stick/zd install; c=$?; wait; exit $c"]);
     if said.code != 0 {
         assert!(said.err.contains("error[disk-full]") && said.code == 6, "{said:?}");
     } else {
