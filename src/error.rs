@@ -37,6 +37,8 @@ pub enum Code {
     Docker,
     /// The private registry does not answer, or refused.
     Registry,
+    /// Nomad, Consul or consul-template does not answer, or refused.
+    Stack,
     /// nginx refused its configuration or does not serve.
     Nginx,
     /// A service did not become healthy in time.
@@ -49,6 +51,8 @@ pub enum Code {
     Locked,
     /// An earlier plan was interrupted and has to be finished or undone first.
     Unfinished,
+    /// Another bundle is installed here.
+    OtherBundle,
     /// Nothing is installed here, or not the service that was named.
     NotInstalled,
     /// The version is not known to this host's registry.
@@ -78,12 +82,14 @@ impl Code {
             Code::Command => "command",
             Code::Docker => "docker",
             Code::Registry => "registry",
+            Code::Stack => "stack",
             Code::Nginx => "nginx",
             Code::Unhealthy => "unhealthy",
             Code::NotDrained => "not-drained",
             Code::Unverified => "unverified",
             Code::Locked => "locked",
             Code::Unfinished => "unfinished",
+            Code::OtherBundle => "other-bundle",
             Code::NotInstalled => "not-installed",
             Code::UnknownVersion => "unknown-version",
             Code::Audit => "audit",
@@ -101,9 +107,9 @@ impl Code {
             Code::Bundle | Code::Signature | Code::Target => 4,
             Code::Preflight => 5,
             Code::Io | Code::DiskFull | Code::Command => 6,
-            Code::Docker | Code::Registry | Code::Nginx => 7,
+            Code::Docker | Code::Registry | Code::Stack | Code::Nginx => 7,
             Code::Unhealthy | Code::NotDrained | Code::Unverified => 8,
-            Code::Locked | Code::Unfinished => 9,
+            Code::Locked | Code::Unfinished | Code::OtherBundle => 9,
             Code::NotInstalled | Code::UnknownVersion => 10,
             Code::Audit => 11,
             Code::LoadFailed => 12,

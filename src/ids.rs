@@ -1,6 +1,7 @@
 //! Identifiers, checked once where they enter.
 
 use std::fmt;
+use std::io::{self, Read};
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
@@ -84,12 +85,39 @@ string_id!(
     "a digest (sha256: and 64 hexadecimal digits)"
 );
 
+string_id!(
+    /// Fingerprint of an OpenPGP key: 40 digits (version 4) or 64 (version 6), RFC 9580, 5.5.4.
+    Fingerprint,
+    |s| {
+        matches!(s.len(), 40 | 64) && s.bytes().all(|b| b.is_ascii_digit() || (b'A'..=b'F').contains(&b))
+    },
+    "an OpenPGP fingerprint (40 or 64 digits, 0-9 and A-F)"
+);
+
 impl Digest {
     pub fn of(bytes: &[u8]) -> Self {
         Self::from_hash(Sha256::digest(bytes).as_slice())
     }
 
     /// From the 32 bytes of a finished SHA-256.
+    /// Of all that a reader gives, with its size; `each` sees every piece.
+    pub fn of_reader(
+        mut from: impl Read,
+        mut each: impl FnMut(&[u8]) -> io::Result<()>,
+    ) -> io::Result<(Self, u64)> {
+        let (mut sha, mut size, mut buf) = (Sha256::new(), 0, vec![0u8; 1 << 20]);
+        loop {
+            match from.read(&mut buf)? {
+                0 => return Ok((Self::from_hash(sha.finalize().as_slice()), size)),
+                n => {
+                    sha.update(&buf[..n]);
+                    each(&buf[..n])?;
+                    size += n as u64;
+                }
+            }
+        }
+    }
+
     pub fn from_hash(hash: &[u8]) -> Self {
         let mut s = String::with_capacity(71);
         s.push_str("sha256:");

@@ -7,7 +7,7 @@ use std::path::Path;
 use assert_cmd::Command;
 use support::*;
 
-const VERBS: [&str; 16] = [
+const VERBS: [&str; 18] = [
     "keygen",
     "pack",
     "inspect",
@@ -19,6 +19,8 @@ const VERBS: [&str; 16] = [
     "switch",
     "rollback",
     "history",
+    "logs",
+    "support",
     "loadtest",
     "undo",
     "uninstall",

@@ -1,12 +1,12 @@
 //! Carrying out one step. Every action may find half of itself done by a run that was killed.
 
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::Write;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cap_std::fs::{Dir, OpenOptions, OpenOptionsExt};
-use sha2::{Digest as _, Sha256};
+use serde_json::Value;
 
 use super::check::{coming, registry};
 use crate::audit;
@@ -14,8 +14,8 @@ use crate::bundle::Bundle;
 use crate::error::{At, Code, Result};
 use crate::host::docker::Docker;
 use crate::host::registry::Registry;
-use crate::host::{Host, exec, fs as hostfs, packages, paths, systemd};
-use crate::ids::{Digest, Slot};
+use crate::host::{Host, consul, exec, fs as hostfs, nomad, packages, paths, systemd};
+use crate::ids::{Digest, Name, Slot};
 use crate::plan::Step;
 use crate::service::pointer::{self, Pointer};
 use crate::service::state::{Filled, State};
@@ -23,7 +23,9 @@ use crate::service::{health, switch};
 
 /// Name of a file whose bytes are not checked yet.
 const UNFINISHED: &str = ".zd-unfinished";
-/// How long the registry and nginx may take to answer after their units have started.
+/// How long a job's containers may take to stop.
+const STOPPED: Duration = Duration::from_secs(30);
+/// How long the registry, consul-template and nginx may take to answer after their units have started.
 const READY: Duration = Duration::from_secs(30);
 
 pub async fn act(step: &Step, host: &Host<'_>) -> Result<()> {
@@ -45,11 +47,11 @@ pub async fn act(step: &Step, host: &Host<'_>) -> Result<()> {
         Step::File { path, text, mode, owner } => {
             hostfs::write(path, text.as_bytes(), *mode, owner.as_deref())
         }
-        Step::Files { path, files } => {
+        Step::Files { path, files, mode } => {
             let bar = host.ui.count("files", files.len() as u64);
             let dir = Dir::open_ambient_dir(path, cap_std::ambient_authority()).at(path)?;
             for (name, digest) in files {
-                extract(bundle(host)?, digest, &dir, name).map_err(|e| e.during(path.display()))?;
+                extract(bundle(host)?, digest, &dir, path, name, *mode)?;
                 bar.inc(1);
             }
             hostfs::sync_dir(path)?;
@@ -84,6 +86,19 @@ pub async fn act(step: &Step, host: &Host<'_>) -> Result<()> {
             systemd::enable(name).await?;
             systemd::start(name).await
         }
+        Step::Enabled { name } => {
+            systemd::daemon_reload().await?;
+            systemd::enable(name).await
+        }
+        Step::Consul { node } => consul::set_up(node).await,
+        Step::Nomad => nomad::set_up().await,
+        Step::Pools { service } => {
+            let path = paths::pools(service);
+            rendered(&path).await?;
+            hostfs::write(&paths::nginx_pools(service), &std::fs::read(&path).at(&path)?, 0o644, None)
+        }
+        Step::Key { key, value } => consul::set(&consul::zd()?, key, value).await,
+        Step::Job { service, slot, job } => place_job(service, *slot, job).await,
         Step::RegistryReady => Registry::ready(&coming(host)?.host, READY).await,
         Step::Push { image } => push(host, image).await,
         Step::Network { subnet } => Docker::connect().await?.create_network(subnet).await,
@@ -127,29 +142,28 @@ fn bundle<'a>(host: &Host<'a>) -> Result<&'a Bundle> {
 
 /// A blob becomes a file only after its bytes were found to be the named ones. The name comes from the
 /// bundle: it is looked up beneath the folder's handle and can lead nowhere else.
-fn extract(bundle: &Bundle, digest: &Digest, dir: &Dir, name: &str) -> Result<()> {
+fn extract(
+    bundle: &Bundle,
+    digest: &Digest,
+    dir: &Dir,
+    dir_path: &Path,
+    name: &str,
+    mode: u32,
+) -> Result<()> {
     // What a killed run left.
     let _ = dir.remove_file(UNFINISHED);
     let mut options = OpenOptions::new();
-    let options = options.write(true).create_new(true).mode(0o644);
-    let mut file = dir.open_with(UNFINISHED, options).at(name)?;
-    let mut from = bundle.blob(digest)?;
-    let (mut sha, mut buf) = (Sha256::new(), vec![0u8; 1 << 20]);
-    loop {
-        let n = from.read(&mut buf).at(&bundle.path)?;
-        if n == 0 {
-            break;
-        }
-        sha.update(&buf[..n]);
-        file.write_all(&buf[..n]).at(name)?;
-    }
-    if Digest::from_hash(sha.finalize().as_slice()) != *digest {
+    let options = options.write(true).create_new(true).mode(mode);
+    let path = dir_path.join(name);
+    let mut file = dir.open_with(UNFINISHED, options).at(&path)?;
+    let (found, _) = Digest::of_reader(bundle.blob(digest)?, |piece| file.write_all(piece)).at(&path)?;
+    if found != *digest {
         return Err(Code::Bundle
             .err(format!("blob {digest} changed since the bundle was verified"))
             .cure("the stick is failing or was exchanged: copy the bundle again"));
     }
-    file.sync_all().at(name)?;
-    dir.rename(UNFINISHED, dir, name).at(name)
+    file.sync_all().at(&path)?;
+    dir.rename(UNFINISHED, dir, name).at(&path)
 }
 
 fn copy_tool(path: &Path) -> Result<()> {
@@ -157,6 +171,39 @@ fn copy_tool(path: &Path) -> Result<()> {
     let mut temp = hostfs::temp_beside(path)?;
     std::io::copy(&mut File::open(&own).at(&own)?, &mut temp).at(path)?;
     hostfs::keep(temp, path, 0o755, (0, 0))
+}
+
+/// Registers a slot's job when the one before has made room.
+pub async fn place_job(service: &Name, slot: Slot, job: &Value) -> Result<()> {
+    clear_job(service, slot).await?;
+    nomad::register(&nomad::connect()?, job).await
+}
+
+/// Stops a slot's job and waits until its containers, and so their addresses, are free.
+pub async fn clear_job(service: &Name, slot: Slot) -> Result<()> {
+    nomad::purge(&nomad::connect()?, &paths::job(service, slot)).await?;
+    let docker = Docker::connect().await?;
+    let start = Instant::now();
+    while !docker.of_slot(service, slot).await?.is_empty() {
+        if start.elapsed() > STOPPED {
+            return docker.clear_slot(service, slot).await;
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    Ok(())
+}
+
+async fn rendered(path: &Path) -> Result<()> {
+    let start = Instant::now();
+    while !path.exists() {
+        if start.elapsed() > READY {
+            return Err(Code::Stack
+                .err(format!("consul-template has not written {} after {READY:?}", path.display()))
+                .cure("see `journalctl -u consul-template`, then run the same command again"));
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    Ok(())
 }
 
 async fn push(host: &Host<'_>, reference: &str) -> Result<()> {
@@ -171,7 +218,7 @@ async fn push(host: &Host<'_>, reference: &str) -> Result<()> {
 }
 
 async fn serving(service: &crate::bundle::manifest::Service, slot: Slot) -> Result<()> {
-    let start = std::time::Instant::now();
+    let start = Instant::now();
     loop {
         match switch::serves(service, slot).await {
             Ok(()) => return Ok(()),

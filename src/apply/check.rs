@@ -10,10 +10,11 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use super::Check;
 use crate::bundle::sources::cache::hash_file;
 use crate::error::{At, Code, Result};
-use crate::host::config::Installed;
+use crate::host::config::{HostConfig, Installed};
 use crate::host::docker::Docker;
 use crate::host::registry::Registry;
-use crate::host::{Host, fs as hostfs, packages, paths, systemd};
+use crate::host::secrets::Token;
+use crate::host::{Host, consul, fs as hostfs, nomad, packages, paths, systemd};
 use crate::ids::{Digest, Name};
 use crate::plan::{Step, Undo};
 use crate::service::state::{self, State};
@@ -25,7 +26,7 @@ pub async fn check(step: &Step, host: &Host<'_>) -> Result<Check> {
     Ok(match step {
         Step::Dir { path, mode, owner, keep } => dir(path, *mode, owner.as_deref(), *keep)?,
         Step::File { path, text, mode, owner } => file(path, text.as_bytes(), *mode, owner.as_deref())?,
-        Step::Files { path, files } => {
+        Step::Files { path, files, .. } => {
             let mut all = true;
             for (name, digest) in files {
                 let file = path.join(name);
@@ -72,6 +73,45 @@ pub async fn check(step: &Step, host: &Host<'_>) -> Result<Check> {
                 was_enabled && was_active,
                 Undo::StopUnit { name: name.clone(), was_enabled, was_active },
             )
+        }
+        Step::Enabled { name } => {
+            let (was_enabled, was_active) = (systemd::is_enabled(name).await?, true);
+            let undo = Undo::StopUnit { name: name.clone(), was_enabled, was_active };
+            needed_unless(was_enabled, undo)
+        }
+        Step::Consul { .. } => needed_unless(consul::is_ready().await?, Undo::Nothing),
+        // The first token goes with it: a Nomad without data makes another.
+        Step::Nomad => needed_unless(nomad::version().await.is_ok(), remove([Token::NomadManagement.path()])),
+        Step::Pools { service } => {
+            let loaded = paths::nginx_pools(service);
+            needed_unless(loaded.exists(), remove([loaded]))
+        }
+        Step::Key { key, value } => {
+            let there = match consul::zd() {
+                Ok(api) => consul::read(&api, key).await.is_ok_and(|(found, _)| found == *value),
+                Err(_) => false,
+            };
+            needed_unless(there, Undo::Nothing)
+        }
+        Step::Job { service, slot, job } => {
+            let (service, slot, id) = (service.clone(), *slot, paths::job(service, *slot));
+            let found = async {
+                let api = nomad::connect()?;
+                let before = nomad::job(&api, &id).await?;
+                Ok(match before {
+                    Some(before) => Some((nomad::differs(&api, &id, job).await?, before)),
+                    None => None,
+                })
+            };
+            match found.await {
+                Ok(Some((differs, before))) => {
+                    needed_unless(!differs, Undo::PutBackJob { service, slot, job: before })
+                }
+                Ok(None) => Check::Needed(Undo::RemoveJob { service, slot }),
+                // Before an install there is no Nomad to ask. Later its silence is no word that there is no job.
+                Err(_) if Installed::read()?.is_none() => Check::Needed(Undo::RemoveJob { service, slot }),
+                Err(e) => return Err(e),
+            }
         }
         Step::RegistryReady => needed_unless(registry().await.is_ok(), Undo::Nothing),
         Step::Push { image } => needed_unless(is_pushed(image, host).await, Undo::Nothing),
@@ -128,7 +168,7 @@ pub async fn check(step: &Step, host: &Host<'_>) -> Result<Check> {
             needed_unless(same, state_undo(service)?)
         }
         Step::Firewall { kind, port } => {
-            needed_unless(kind.is_open(*port).await?, Undo::CloseFirewall { kind: *kind, port: *port })
+            needed_unless(kind.is_open(*port).await?, Undo::CloseFirewall { kind: kind.clone(), port: *port })
         }
     })
 }
@@ -142,9 +182,7 @@ pub fn coming(host: &Host<'_>) -> Result<Installed> {
     match (Installed::read()?, host.bundle) {
         (Some(installed), _) => Ok(installed),
         (None, Some(bundle)) => {
-            let text = fs::read_to_string(paths::HOST_TOML);
-            let config = text.ok().and_then(|t| toml::from_str(&t).ok());
-            let host = config.unwrap_or(crate::host::config::HostConfig {
+            let host = HostConfig::read()?.unwrap_or(HostConfig {
                 schema: 1,
                 ip: std::net::Ipv4Addr::LOCALHOST,
                 subnet: "0.0".into(),
@@ -159,8 +197,8 @@ pub fn coming(host: &Host<'_>) -> Result<Installed> {
 }
 
 pub async fn registry() -> Result<Registry> {
-    let text = fs::read_to_string(paths::HOST_TOML).at(paths::HOST_TOML)?;
-    let config = toml::from_str(&text).map_err(|e| Code::Io.err(format!("{}: {e}", paths::HOST_TOML)))?;
+    let config =
+        HostConfig::read()?.ok_or_else(|| Code::NotInstalled.err("this host has no settings yet"))?;
     Registry::connect(&config).await
 }
 

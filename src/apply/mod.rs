@@ -4,6 +4,8 @@ mod act;
 mod check;
 mod revert;
 
+use std::time::Instant;
+
 use serde::Serialize;
 
 use crate::error::Result;
@@ -24,8 +26,14 @@ pub enum Check {
 
 #[derive(Debug, Default, Serialize)]
 pub struct Summary {
-    pub done: Vec<String>,
+    pub done: Vec<Done>,
     pub same: usize,
+}
+
+#[derive(Debug, Serialize)]
+pub struct Done {
+    pub step: String,
+    pub seconds: f64,
 }
 
 /// A plan as a dry run shows it: every step, and whether it would act.
@@ -80,10 +88,12 @@ pub async fn apply(plan: &Plan, host: &Host<'_>, by: &str, bundle: Option<&Diges
                     none => none.insert(Receipt::begin(plan, by, bundle)?),
                 };
                 journal.intend(&title, &undo)?;
+                let start = Instant::now();
                 act::act(step, host).await.map_err(|e| e.during(&title))?;
                 journal.done(&title)?;
-                host.ui.done(&title);
-                summary.done.push(title);
+                let seconds = start.elapsed().as_secs_f64();
+                host.ui.done(if seconds < 1.0 { title.clone() } else { format!("{title} ({seconds:.1} s)") });
+                summary.done.push(Done { step: title, seconds });
             }
         }
         bar.inc(1);

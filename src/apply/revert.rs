@@ -5,9 +5,11 @@ use std::path::Path;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 
+use super::act::{clear_job, place_job};
 use crate::error::{Code, OrCode, Result};
 use crate::host::docker::{Docker, parked};
-use crate::host::{Host, exec, fs as hostfs, packages, paths, systemd};
+use crate::host::{Host, exec, fs as hostfs, nomad, packages, paths, systemd};
+use crate::ids::{Name, Slot};
 use crate::plan::{Keep, Undo};
 use crate::receipt::Receipt;
 
@@ -71,6 +73,8 @@ pub async fn revert(undo: &Undo, host: &Host<'_>, purge: bool) -> Result<()> {
             }
             Err(_) => Ok(()),
         },
+        Undo::RemoveJob { service, slot } => remove_job(service, *slot).await,
+        Undo::PutBackJob { service, slot, job } => place_job(service, *slot, job).await,
         Undo::FinishRemoving { containers } => {
             let docker = Docker::connect().await?;
             for name in containers {
@@ -84,6 +88,16 @@ pub async fn revert(undo: &Undo, host: &Host<'_>, purge: bool) -> Result<()> {
         }
         Undo::CloseFirewall { kind, port } => kind.close(*port).await,
     }
+}
+
+/// With Nomad gone its containers are still there: they are removed as well.
+async fn remove_job(service: &Name, slot: Slot) -> Result<()> {
+    if nomad::version().await.is_ok() {
+        clear_job(service, slot).await?;
+        return nomad::collect_garbage(&nomad::connect()?).await;
+    }
+    let Ok(docker) = Docker::connect().await else { return Ok(()) };
+    docker.clear_slot(service, slot).await
 }
 
 fn holds_data(path: &Path) -> bool {

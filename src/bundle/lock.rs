@@ -1,13 +1,14 @@
 //! The lock: a bundle's exact table of contents. The signature covers its bytes; it covers all else.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::manifest::{Engine, ImageRef, Packages, Service, Target};
+use super::manifest::{Engine, ImageRef, Packages, Product, Service, Target};
 use crate::error::{Code, Result};
-use crate::ids::{Digest, Name, Version};
+use crate::ids::{Digest, Fingerprint, Name, Version};
 
 /// Largest lock that is read: some 100,000 blobs.
 pub const MAX_LOCK: u64 = 16 << 20;
@@ -32,6 +33,9 @@ pub struct Lock {
     pub debs: Vec<Deb>,
     pub images: Vec<Image>,
     pub files: Vec<File>,
+    /// Left out where there is none, as in locks from before there were releases.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub releases: Vec<Release>,
     pub services: Vec<Service>,
     /// Every blob, once, in the order it stands in the bundle.
     pub blobs: Vec<Blob>,
@@ -69,6 +73,32 @@ pub struct File {
     pub digest: Digest,
 }
 
+/// A program that HashiCorp releases, and who vouched for its bytes.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Release {
+    pub product: Product,
+    pub version: Version,
+    /// The manifest took it without a signature; then `version` is what the manifest says, unproven.
+    pub unsigned: bool,
+    /// The zip that it came in; not carried. Absent where a plain binary was taken.
+    pub archive: Option<Digest>,
+    /// The key or subkey that signed the sums; absent where `unsigned`.
+    pub signed_by: Option<Fingerprint>,
+    /// The binary.
+    pub digest: Digest,
+}
+
+impl fmt::Display for Release {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "release {} {}: ", self.product, self.version)?;
+        match &self.signed_by {
+            Some(key) => write!(f, "signed by {key}"),
+            None => f.write_str("UNSIGNED: only the manifest's word for it"),
+        }
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Blob {
@@ -86,6 +116,7 @@ pub enum Role {
     AptIndex,
     Deb,
     File,
+    Binary,
 }
 
 impl Lock {
@@ -94,13 +125,19 @@ impl Lock {
         let bad = |what: String| {
             Code::Bundle.err(what).cure("the bundle was not made by a working `zd pack`; pack it again")
         };
-        let lock: Lock =
-            serde_json::from_slice(bytes).map_err(|e| bad(format!("zd-lock.json cannot be read: {e}")))?;
-        if lock.schema != 1 {
+        #[derive(Deserialize)]
+        struct Form {
+            schema: u32,
+        }
+        let unreadable = |e| bad(format!("zd-lock.json cannot be read: {e}"));
+        // First: a newer schema has keys that this zd does not know.
+        let Form { schema } = serde_json::from_slice(bytes).map_err(unreadable)?;
+        if schema != 1 {
             return Err(Code::Bundle
-                .err(format!("the lock has schema {}, this zd reads schema 1", lock.schema))
+                .err(format!("the lock has schema {schema}, this zd reads schema 1"))
                 .cure("use the zd that lies beside the bundle"));
         }
+        let lock: Lock = serde_json::from_slice(bytes).map_err(unreadable)?;
         let mut sizes = BTreeMap::new();
         let mut total: u64 = 0;
         for blob in &lock.blobs {
@@ -137,6 +174,19 @@ impl Lock {
                 return Err(bad(format!("package file name {:?} is not a plain .deb name", deb.file)));
             }
         }
+        let mut products = BTreeSet::new();
+        for release in &lock.releases {
+            let product = release.product;
+            if !products.insert(product) {
+                return Err(bad(format!("release {product} is listed twice")));
+            }
+            let signed = release.signed_by.is_some();
+            if signed == release.unsigned || (signed && release.archive.is_none()) {
+                return Err(bad(format!(
+                    "release {product}: expected a signed archive, or the mark unsigned"
+                )));
+            }
+        }
         Ok(lock)
     }
 
@@ -151,7 +201,8 @@ impl Lock {
         let images = self.images.iter().flat_map(|i| [&i.manifest, &i.config].into_iter().chain(&i.layers));
         let debs = self.debs.iter().map(|d| &d.digest);
         let files = self.files.iter().map(|f| &f.digest);
-        images.chain(debs).chain(files).chain(&self.apt_index)
+        let releases = self.releases.iter().map(|r| &r.digest);
+        images.chain(debs).chain(files).chain(releases).chain(&self.apt_index)
     }
 
     pub fn size_of(&self, digest: &Digest) -> u64 {

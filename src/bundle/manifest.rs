@@ -26,6 +26,8 @@ pub struct Manifest {
     pub images: Vec<ImageSource>,
     #[serde(default, rename = "file")]
     pub files: Vec<FileSource>,
+    #[serde(default, rename = "release")]
+    pub releases: Vec<Release>,
     #[serde(default, rename = "service")]
     pub services: Vec<Service>,
 }
@@ -36,6 +38,16 @@ pub struct Manifest {
 pub enum Engine {
     #[default]
     Docker,
+    Nomad,
+}
+
+impl fmt::Display for Engine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Engine::Docker => "docker",
+            Engine::Nomad => "nomad",
+        })
+    }
 }
 
 /// The hosts a bundle is for, as in their os-release(5) and uname(1) -m: `debian-12-x86_64`.
@@ -112,6 +124,8 @@ pub struct Packages {
     pub registry: Vec<String>,
     #[serde(default)]
     pub nginx: Vec<String>,
+    #[serde(default)]
+    pub logrotate: Vec<String>,
     /// More packages the site wants.
     #[serde(default)]
     pub extra: Vec<String>,
@@ -122,7 +136,7 @@ pub struct Packages {
 
 impl Packages {
     pub fn all(&self) -> impl Iterator<Item = &String> {
-        [&self.docker, &self.registry, &self.nginx, &self.extra].into_iter().flatten()
+        [&self.docker, &self.registry, &self.nginx, &self.logrotate, &self.extra].into_iter().flatten()
     }
 }
 
@@ -185,6 +199,46 @@ pub struct FileSource {
     /// Needed with `url`: 64 hexadecimal digits.
     pub sha256: Option<String>,
     pub path: Option<PathBuf>,
+}
+
+/// A program that HashiCorp releases: what the nomad engine is made of.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Release {
+    pub product: Product,
+    pub version: Version,
+    /// Taken without any signature: the site answers for its own build. The lock says so.
+    #[serde(default)]
+    pub unsigned: bool,
+    /// The site's own OpenPGP public key, for builds that the site signs; HashiCorp's where not given.
+    pub key: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Product {
+    Nomad,
+    Consul,
+    ConsulTemplate,
+}
+
+impl Product {
+    pub const ALL: [Product; 3] = [Product::Nomad, Product::Consul, Product::ConsulTemplate];
+
+    /// Name of its folder at the origin, and of its binary.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Product::Nomad => "nomad",
+            Product::Consul => "consul",
+            Product::ConsulTemplate => "consul-template",
+        }
+    }
+}
+
+impl fmt::Display for Product {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.as_str())
+    }
 }
 
 /// A service that is run blue-green. Stands unchanged in the lock.
@@ -318,8 +372,36 @@ impl Manifest {
                 _ => found.push(format!("file {}: give url and sha256, or path", file.name)),
             }
         }
+        self.release_problems(&mut found);
         self.service_problems(&refs, &mut found);
         found
+    }
+
+    fn release_problems(&self, found: &mut Vec<String>) {
+        let mut products = BTreeSet::new();
+        for release in &self.releases {
+            let product = release.product;
+            if !products.insert(product) {
+                found.push(format!("release {product} is listed twice"));
+            }
+            if release.unsigned && release.key.is_some() {
+                found.push(format!("release {product}: give key or unsigned = true, not both"));
+            }
+            if product == Product::Nomad && ["1.1.0", "1.1.1", "1.1.2"].contains(&release.version.as_str()) {
+                found.push(format!(
+                    "release nomad {}: it removes what runs when it is restarted (its issue 10907); use 1.1.3 or later",
+                    release.version
+                ));
+            }
+            if self.engine == Engine::Docker {
+                found.push(format!("release {product}: the docker engine runs none of them"));
+            }
+        }
+        if self.engine == Engine::Nomad && !self.services.is_empty() {
+            for missing in Product::ALL.iter().filter(|p| !products.contains(p)) {
+                found.push(format!("release {missing} is missing: the nomad engine needs it on a bare host"));
+            }
+        }
     }
 
     fn service_problems(&self, refs: &BTreeSet<&ImageRef>, found: &mut Vec<String>) {
@@ -381,10 +463,18 @@ impl Manifest {
         }
         if !self.services.is_empty() {
             let p = &self.packages;
-            for (role, list) in [("docker", &p.docker), ("registry", &p.registry), ("nginx", &p.nginx)] {
+            let roles = [
+                ("docker", &p.docker),
+                ("registry", &p.registry),
+                ("nginx", &p.nginx),
+                ("logrotate", &p.logrotate),
+            ];
+            for (role, list) in roles {
                 if list.is_empty() {
-                    found
-                        .push(format!("packages.{role} is empty: the docker engine needs it on a bare host"));
+                    let engine = self.engine;
+                    found.push(format!(
+                        "packages.{role} is empty: the {engine} engine needs it on a bare host"
+                    ));
                 }
             }
         }
@@ -422,6 +512,7 @@ release = "12"
 docker = ["docker.io"]
 registry = ["docker-registry"]
 nginx = ["nginx-light"]
+logrotate = ["logrotate"]
 [[image]]
 ref = "hello:v1"
 docker = "hello:v1"
@@ -437,13 +528,13 @@ standby-listen = 8081
     #[test]
     fn the_place_of_an_unknown_key_is_shown() {
         let e = Manifest::parse(&GOOD.replace("listen = 80\n", "lisen = 80\n")).unwrap_err();
-        assert!(e.what.contains("lisen") && e.what.contains("line 20, column 1"), "{}", e.what);
+        assert!(e.what.contains("lisen") && e.what.contains("line 21, column 1"), "{}", e.what);
     }
 
     #[test]
     fn the_place_of_a_wrong_type_is_shown() {
         let e = Manifest::parse(&GOOD.replace("port = 8080", "port = \"x\"")).unwrap_err();
-        assert!(e.what.contains("line 19, column 8") && e.what.contains("u16"), "{}", e.what);
+        assert!(e.what.contains("line 20, column 8") && e.what.contains("u16"), "{}", e.what);
     }
 
     #[test]
@@ -454,5 +545,38 @@ standby-listen = 8081
             assert!(e.what.contains(part), "{part}: {}", e.what);
         }
         assert!(Manifest::parse(GOOD).is_ok());
+    }
+
+    #[test]
+    fn releases_belong_to_the_nomad_engine() {
+        let releases = |list: &[&str]| -> String {
+            list.iter().map(|p| format!("[[release]]\nproduct = \"{p}\"\nversion = \"1.2.3\"\n")).collect()
+        };
+        let nomad = GOOD.replace("[target]", "engine = \"nomad\"\n[target]");
+        let all = releases(&["nomad", "consul", "consul-template"]);
+        assert!(Manifest::parse(&format!("{nomad}{all}")).is_ok());
+
+        let said = |text: String| Manifest::parse(&text).unwrap_err().what;
+        let docker = said(format!("{GOOD}{all}"));
+        assert!(docker.contains("release consul: the docker engine runs none of them"), "{docker}");
+        let bare = said(nomad.clone());
+        assert!(bare.contains("release consul-template is missing: the nomad engine needs it"), "{bare}");
+        let twice = said(format!("{nomad}{all}{}", releases(&["consul"])));
+        assert!(twice.contains("release consul is listed twice"), "{twice}");
+        let both = said(format!("{nomad}{all}unsigned = true\nkey = \"site.asc\"\n"));
+        assert!(both.contains("release consul-template: give key or unsigned = true, not both"), "{both}");
+        let other = said(format!("{nomad}{}", releases(&["vault"])));
+        assert!(other.contains("unknown variant `vault`"), "{other}");
+    }
+
+    #[test]
+    fn the_manifests_to_start_from_are_good() {
+        for text in [
+            include_str!("../../manifests/demo.toml"),
+            include_str!("../../manifests/hello.toml"),
+            include_str!("../../manifests/drimeap.toml"),
+        ] {
+            Manifest::parse(text).unwrap();
+        }
     }
 }

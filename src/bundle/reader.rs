@@ -7,8 +7,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use sha2::{Digest as _, Sha256};
-
 use super::layout::{self, BLOCK, HEAD, MAX_SIGNATURE, OCI_LAYOUT};
 use super::lock::{Lock, MAX_LOCK};
 use super::medium::Medium;
@@ -131,13 +129,16 @@ impl Bundle {
         std::thread::scope(|scope| {
             for _ in 0..threads {
                 scope.spawn(|| {
-                    let mut buf = vec![0u8; 1 << 20];
                     while let Some(blob) = queue.get(next.fetch_add(1, Ordering::Relaxed)) {
                         if stop.load(Ordering::Relaxed) {
                             return;
                         }
                         let result = self.blob(&blob.digest).and_then(|r| {
-                            let found = hash(r, &mut buf, &tick).at(&self.path)?;
+                            let count = |piece: &[u8]| {
+                                tick(piece.len() as u64);
+                                Ok(())
+                            };
+                            let (found, _) = Digest::of_reader(r, count).at(&self.path)?;
                             (found == blob.digest).then_some(()).ok_or_else(|| {
                                 damaged(format!("blob {} does not have the bytes its name says", blob.digest))
                             })
@@ -151,19 +152,6 @@ impl Bundle {
             }
         });
         wrong.into_inner().unwrap_or_else(|e| e.into_inner()).pop().map_or(Ok(()), Err)
-    }
-}
-
-fn hash(mut from: impl Read, buf: &mut [u8], tick: &impl Fn(u64)) -> std::io::Result<Digest> {
-    let mut sha = Sha256::new();
-    loop {
-        match from.read(buf)? {
-            0 => return Ok(Digest::from_hash(sha.finalize().as_slice())),
-            n => {
-                sha.update(&buf[..n]);
-                tick(n as u64);
-            }
-        }
     }
 }
 

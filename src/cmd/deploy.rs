@@ -48,7 +48,7 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
     let reference = ImageRef { name: service.image.clone(), version: args.version };
     let digest = find_version(&installed, &reference).await?;
     let slot = pointer::read(&service.name)?.slot().other();
-    let plan = plan::deploy::plan(&installed, service, slot, &reference, &digest);
+    let plan = plan::deploy::plan(&installed, service, slot, &reference, &digest)?;
     let host = Host { ui, bundle: None };
     if args.change.dry_run {
         ui.report(&apply::preview(&plan, &host).await?, apply::Preview::text);
@@ -113,21 +113,20 @@ pub async fn carry_out(
     reason: &str,
 ) -> Result<bool> {
     let to = Release { slot, version: reference.version.clone(), digest: digest.clone() };
-    let event = |outcome, detail| Event {
+    let event = |outcome, from, detail| Event {
         verb: "deploy",
         outcome,
         reason,
         service: Some(&service.name),
-        from: State::read(&service.name).ok().and_then(|s| s.release(slot)),
+        from,
         to: Some(to.clone()),
         detail,
     };
-    let begun = event("begun", String::new());
-    let before = begun.from.clone();
+    let before = State::read(&service.name).ok().and_then(|s| s.release(slot));
     match apply::apply(plan, host, &audit::actor(), None).await {
         Ok(summary) if summary.done.is_empty() => Ok(false),
         Ok(_) => {
-            audit::append(Event { from: before, ..event("done", String::new()) })?;
+            audit::append(event("done", before, String::new()))?;
             Ok(true)
         }
         Err(e) => {
@@ -136,7 +135,7 @@ pub async fn carry_out(
                     .await
                     .map_err(|u| u.during(format!("after: {e}; going back")))?;
             }
-            audit::append(event("failed", e.what.clone()))?;
+            audit::append(event("failed", before, e.what.clone()))?;
             Err(e)
         }
     }

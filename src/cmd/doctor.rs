@@ -67,8 +67,7 @@ async fn installed_findings(installed: &Installed, facts: &Facts) -> Result<Vec<
     });
     let status = super::status::gather(installed).await?;
     for drift in &status.drift {
-        let (what, cure) = drift.rsplit_once(": ").unwrap_or((drift, "see zd status"));
-        found.push(Finding::bad("state", what, cure));
+        found.push(Finding::bad("state", &drift.what, &drift.cure));
     }
     if status.drift.is_empty() {
         found.push(Finding::ok("state", "all is as recorded"));

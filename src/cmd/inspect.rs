@@ -56,6 +56,9 @@ fn text(r: &Report) -> String {
             s.name, s.image, s.version, s.listen, s.standby_listen, s.instances
         ));
     }
+    for release in &lock.releases {
+        out.push_str(&format!("\n{release}"));
+    }
     let mut table = super::status::table(["what", "version", "size", "digest"]);
     for image in &lock.images {
         let size: u64 = image.layers.iter().map(|l| lock.size_of(l)).sum();
@@ -68,7 +71,11 @@ fn text(r: &Report) -> String {
     }
     let files = lock.files.iter().map(|f| (format!("file {}", f.name), String::new(), &f.digest));
     let debs = lock.debs.iter().map(|d| (format!("package {}", d.name), d.version.clone(), &d.digest));
-    for (what, version, digest) in files.chain(debs) {
+    let releases = lock.releases.iter().map(|r| {
+        let mark = if r.unsigned { " (UNSIGNED)" } else { "" };
+        (format!("release {}{mark}", r.product), r.version.to_string(), &r.digest)
+    });
+    for (what, version, digest) in files.chain(releases).chain(debs) {
         table.add_row([
             what,
             version,

@@ -13,20 +13,21 @@ use crate::audit::{self, Event};
 use crate::bundle::Bundle;
 use crate::error::{Code, OrCode, Result};
 use crate::facts::{self, Facts};
+use crate::host::Host;
 use crate::host::config::{HostConfig, Installed};
 use crate::host::lock::HostLock;
-use crate::host::{Host, paths};
 use crate::ids::{Digest, Name};
 use crate::plan::preflight::{self, Finding};
 use crate::plan::{Undo, install as planner};
 use crate::receipt::{self, Receipt};
+use crate::service::cluster;
 use crate::service::state::State;
 use crate::ui::Ui;
 
 /// Not 5000: that is the usual HSMS port of the equipment next to us.
 const REGISTRY_PORT: u16 = 5443;
 
-/// Install a bundle: registry, Docker, nginx and the services, blue and green
+/// Install a bundle: registry, Docker, nginx, the full stack if the bundle has it, and the services
 #[derive(clap::Args)]
 #[command(after_help = "Examples:\n  sudo ./zd install --ip auto            the bundle beside zd\n  \
                         sudo ./zd install --ip 10.4.0.17 --dry-run")]
@@ -57,6 +58,8 @@ struct Report {
     changed: usize,
     same: usize,
     seconds: f64,
+    /// What was done, and how long each took.
+    steps: Vec<apply::Done>,
     urls: Vec<String>,
 }
 
@@ -130,6 +133,9 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
             ..Event::default()
         })?;
     }
+    for service in &bundle.lock.services {
+        cluster::tell(&installed, &service.name, ui).await?;
+    }
     let report = Report {
         bundle: bundle.lock.title(),
         id: bundle.id.clone(),
@@ -137,6 +143,7 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
         changed: summary.done.len(),
         same: summary.same,
         seconds: start.elapsed().as_secs_f64(),
+        steps: summary.done,
         urls: bundle
             .lock
             .services
@@ -214,7 +221,7 @@ fn refuse_other(bundle: &Bundle, unfinished: Option<&Receipt>) -> Result<()> {
             .cure("finish it by running it again with the same bundle, or go back: zd undo"));
     }
     match Installed::read()? {
-        Some(i) if i.host.bundle != bundle.id => Err(Code::Unfinished
+        Some(i) if i.host.bundle != bundle.id => Err(Code::OtherBundle
             .err(format!("{} is installed here, this bundle is {}", i.lock.title(), bundle.lock.title()))
             .cure(
                 "this zd cannot replace one bundle by another in place: zd uninstall first (data is kept)",
@@ -225,10 +232,7 @@ fn refuse_other(bundle: &Bundle, unfinished: Option<&Receipt>) -> Result<()> {
 
 /// What an earlier run of this very install decided.
 fn known_config(bundle: &Bundle) -> Result<Option<HostConfig>> {
-    let Some(text) = crate::host::fs::read_if_any(paths::HOST_TOML.as_ref())? else { return Ok(None) };
-    let text = String::from_utf8(text).or_code(Code::Io, paths::HOST_TOML)?;
-    let config: HostConfig = toml::from_str(&text).or_code(Code::Io, paths::HOST_TOML)?;
-    Ok((config.bundle == bundle.id).then_some(config))
+    Ok(HostConfig::read()?.filter(|config| config.bundle == bundle.id))
 }
 
 /// What `--ip` asks for; None is `auto`.

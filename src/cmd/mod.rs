@@ -8,10 +8,14 @@ pub mod inspect;
 pub mod install;
 pub mod keygen;
 pub mod loadtest;
+pub mod logs;
 pub mod man;
 pub mod pack;
+pub mod publish;
+pub mod reload;
 pub mod rollback;
 pub mod status;
+pub mod support;
 pub mod switch;
 pub mod undo;
 pub mod uninstall;
@@ -28,8 +32,8 @@ use crate::ui::Ui;
     version,
     about = "Carries a zero-downtime stack into places without a network",
     after_help = "Exit codes: 0 done; 1 fault of zd; 2 usage; 3 manifest or source; 4 bundle or signature; \
-                  5 host not fit; 6 file, disk or command; 7 docker, registry or nginx; \
-                  8 unhealthy, not drained, unverified; 9 locked or unfinished; 10 not installed, unknown version; \
+                  5 host not fit; 6 file, disk or command; 7 docker, registry, Nomad, Consul or nginx; \
+                  8 unhealthy, not drained, unverified; 9 locked, unfinished, or another bundle is installed; 10 not installed, unknown version; \
                   11 audit chain broken; 12 load test failed",
     max_term_width = 110
 )]
@@ -57,9 +61,15 @@ pub enum Command {
     Switch(switch::Args),
     Rollback(rollback::Args),
     History(history::Args),
+    Logs(logs::Args),
+    Support(support::Args),
     Loadtest(loadtest::Args),
     Undo(undo::Args),
     Uninstall(uninstall::Args),
+    #[command(hide = true)]
+    Publish(publish::Args),
+    #[command(hide = true)]
+    Reload(reload::Args),
     Completions(completions::Args),
     Man(man::Args),
 }
@@ -91,9 +101,13 @@ pub async fn run(command: Command, ui: &Ui) -> Result<()> {
         Command::Switch(args) => switch::run(args, ui).await,
         Command::Rollback(args) => rollback::run(args, ui).await,
         Command::History(args) => history::run(args, ui),
+        Command::Logs(args) => logs::run(args, ui).await,
+        Command::Support(args) => support::run(args, ui).await,
         Command::Loadtest(args) => loadtest::run(args, ui).await,
         Command::Undo(args) => undo::run(args, ui).await,
         Command::Uninstall(args) => uninstall::run(args, ui).await,
+        Command::Publish(args) => publish::run(args, ui).await,
+        Command::Reload(args) => reload::run(args, ui).await,
         Command::Completions(args) => completions::run(args),
         Command::Man(args) => man::run(args),
     }

@@ -12,7 +12,9 @@ use crate::bundle::lock::{self, Image, Lock, Role};
 use crate::bundle::manifest::{FileSource, Manifest, Target};
 use crate::bundle::signature::{Key, Signer};
 use crate::bundle::sources::cache::{Cache, hash, hash_file};
-use crate::bundle::sources::{Blobs, apt, image, url};
+use crate::bundle::sources::place::Place;
+use crate::bundle::sources::url::{self, Wanted};
+use crate::bundle::sources::{Blobs, apt, hashicorp, image};
 use crate::bundle::writer;
 use crate::error::{At, Code, Result, source_file};
 use crate::ids::Digest;
@@ -21,7 +23,8 @@ use crate::ui::Ui;
 /// Make a signed bundle and a folder ready for the stick (on a machine with a network)
 #[derive(clap::Args)]
 #[command(after_help = "Examples:\n  zd pack manifests/demo.toml --key zd.key\n  \
-                        zd pack manifests/demo.toml --key zd.key --out /media/stick/demo")]
+                        zd pack manifests/demo.toml --key zd.key --out /media/stick/demo\n  \
+                        zd pack manifests/hello.toml --key zd.key --mirror http://mirror.example")]
 pub struct Args {
     /// The manifest
     manifest: PathBuf,
@@ -34,6 +37,9 @@ pub struct Args {
     /// Pack for another target than the manifest's, such as ubuntu-24.04
     #[arg(long)]
     target: Option<Target>,
+    /// Take what comes from a URL (files, releases) from here, at the path of its URL
+    #[arg(long, value_name = "DIR|URL")]
+    mirror: Option<Place>,
 }
 
 #[derive(Serialize)]
@@ -45,6 +51,7 @@ struct Report {
     bytes: u64,
     images: usize,
     packages: usize,
+    releases: usize,
     fingerprint: String,
     seconds: f64,
 }
@@ -73,8 +80,15 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
     }
     let mut files = Vec::new();
     for source in &manifest.files {
-        files.push(resolve_file(source, &cache, &mut blobs, ui).await?);
+        files.push(resolve_file(source, args.mirror.as_ref(), &cache, &mut blobs, ui).await?);
         ui.done(format!("file {}", source.name));
+    }
+    let mut releases = Vec::new();
+    for source in &manifest.releases {
+        let mirror = args.mirror.as_ref();
+        let release = hashicorp::resolve(source, target.deb_arch()?, mirror, &cache, &mut blobs, ui).await?;
+        ui.done(format!("{release}"));
+        releases.push(release);
     }
 
     let (blob_list, paths) = blobs.into_sorted();
@@ -91,6 +105,7 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
         debs,
         images,
         files,
+        releases,
         services: manifest.services,
         blobs: blob_list,
     };
@@ -108,6 +123,7 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
         bytes,
         images: lock.images.len(),
         packages: lock.debs.len(),
+        releases: lock.releases.len(),
         fingerprint: signer.key.fingerprint(),
         seconds: start.elapsed().as_secs_f64(),
     };
@@ -134,18 +150,26 @@ fn read_manifest(args: &Args) -> Result<Manifest> {
     let base = args.manifest.parent().unwrap_or(Path::new(""));
     let paths = manifest.images.iter_mut().flat_map(|i| [&mut i.oci, &mut i.docker_archive]);
     let paths = paths.chain(manifest.files.iter_mut().map(|f| &mut f.path));
+    let paths = paths.chain(manifest.releases.iter_mut().map(|r| &mut r.key));
     for path in paths.chain([&mut manifest.packages.sources]).flatten() {
         *path = base.join(&*path);
     }
     Ok(manifest)
 }
 
-async fn resolve_file(source: &FileSource, cache: &Cache, blobs: &mut Blobs, ui: &Ui) -> Result<lock::File> {
+async fn resolve_file(
+    source: &FileSource,
+    mirror: Option<&Place>,
+    cache: &Cache,
+    blobs: &mut Blobs,
+    ui: &Ui,
+) -> Result<lock::File> {
     let (digest, size, path) = match (&source.url, &source.sha256, &source.path) {
         (Some(url), Some(sum), _) => {
             let digest: Digest =
                 format!("sha256:{sum}").parse().map_err(|e: String| Code::Manifest.err(e))?;
-            let (size, path) = url::fetch(source.name.as_str(), url, &digest, cache, ui).await?;
+            let wanted = Wanted { name: source.name.as_str(), sum: &digest, says: "the manifest" };
+            let (size, path) = url::fetch(wanted, &Place::of(url, mirror)?, cache, ui).await?;
             (digest, size, path)
         }
         (_, _, Some(path)) => {

@@ -9,9 +9,9 @@ use crate::host::config::Installed;
 use crate::host::lock::HostLock;
 use crate::ids::Name;
 use crate::plan;
-use crate::service::pointer;
 use crate::service::state::State;
 use crate::service::switch::{self, Request};
+use crate::service::{cluster, pointer};
 use crate::ui::Ui;
 
 /// Go back to the slot and version that was active before
@@ -43,7 +43,7 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
         return Err(Code::Bug.err(format!("{active} is active and recorded as the slot before")));
     }
     let reference = ImageRef { name: service.image.clone(), version: previous.version.clone() };
-    let plan = plan::deploy::plan(&installed, service, previous.slot, &reference, &previous.digest);
+    let plan = plan::deploy::plan(&installed, service, previous.slot, &reference, &previous.digest)?;
     if args.change.dry_run {
         ui.report(&crate::apply::preview(&plan, &host).await?, |p| {
             format!("{}switch {}: from {active} to {}", p.text(), service.name, previous.slot)
@@ -60,5 +60,5 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
     let request = Request { verb: "rollback", reason: &args.change.reason };
     let report = switch::run(&installed, service, previous.slot, &request).await?;
     ui.report(&report, super::switch::text);
-    Ok(())
+    cluster::tell(&installed, &service.name, ui).await
 }

@@ -3,12 +3,14 @@
 use comfy_table::{Table, presets};
 use serde::Serialize;
 
-use crate::bundle::manifest::Service;
-use crate::error::Result;
+use crate::bundle::manifest::{Engine, ImageRef, Service};
+use crate::error::{Error, Result};
 use crate::host::config::Installed;
-use crate::host::docker::{Docker, Found};
-use crate::host::{paths, systemd};
+use crate::host::docker::{self, Docker, Found};
+use crate::host::{consul, nomad, paths, systemd};
 use crate::ids::{Name, Slot};
+use crate::plan;
+use crate::service::cluster;
 use crate::service::health::{self, Probe};
 use crate::service::pointer::{self, Pointer};
 use crate::service::state::State;
@@ -27,8 +29,26 @@ pub struct Report {
     pub ip: std::net::Ipv4Addr,
     pub components: Vec<Component>,
     pub services: Vec<ServiceReport>,
-    /// What is not as it was recorded, each with its cure.
-    pub drift: Vec<String>,
+    /// What is not as it was recorded.
+    pub drift: Vec<Drift>,
+}
+
+#[derive(Serialize)]
+pub struct Drift {
+    pub what: String,
+    pub cure: String,
+}
+
+impl From<Error> for Drift {
+    fn from(e: Error) -> Self {
+        Self { what: e.what, cure: e.cure.unwrap_or_default() }
+    }
+}
+
+impl Drift {
+    fn new(what: impl Into<String>, cure: impl Into<String>) -> Self {
+        Self { what: what.into(), cure: cure.into() }
+    }
 }
 
 #[derive(Serialize)]
@@ -70,24 +90,38 @@ pub async fn run(_: Args, ui: &Ui) -> Result<()> {
 
 pub async fn gather(installed: &Installed) -> Result<Report> {
     let mut drift = Vec::new();
+    let nomad_engine = installed.lock.engine == Engine::Nomad;
     let mut units = vec!["docker.service".to_owned(), "zd-registry.service".to_owned()];
+    if nomad_engine {
+        units.extend(["consul", "nomad", "consul-template"].map(|name| format!("{name}.service")));
+    }
     units.extend(installed.lock.services.iter().map(|s| paths::nginx_unit(&s.name)));
     let mut components = Vec::new();
     for name in units {
         let state = systemd::state(&name).await?;
         if state != "active" {
-            drift.push(format!("{name} is {state}: systemctl start {name}, then journalctl -u {name}"));
+            let cure = format!("systemctl start {name}, then journalctl -u {name}");
+            drift.push(Drift::new(format!("{name} is {state}"), cure));
         }
         components.push(Component { name, state });
     }
     let docker = match Docker::connect().await {
         Ok(docker) => Some(docker),
         Err(e) => {
-            drift.push(format!("{e}; containers that run go on serving"));
+            let cure = e.cure.unwrap_or_else(|| "systemctl start docker".into());
+            drift.push(Drift::new(format!("{}; containers that run go on serving", e.what), cure));
             None
         }
     };
     let mut services = Vec::new();
+    if nomad_engine {
+        for answer in [consul::version().await, nomad::version().await] {
+            drift.extend(answer.err().map(Drift::from));
+        }
+        for service in &installed.lock.services {
+            drift.extend(stack_drift(installed, service).await);
+        }
+    }
     for service in &installed.lock.services {
         services.push(service_report(installed, service, docker.as_ref(), &mut drift).await?);
     }
@@ -101,46 +135,72 @@ pub async fn gather(installed: &Installed) -> Result<Report> {
     })
 }
 
+/// What somebody changed in Nomad or Consul by hand. Where one does not answer, that was said already.
+async fn stack_drift(installed: &Installed, service: &Service) -> Vec<Drift> {
+    let mut drift = Vec::new();
+    let name = &service.name;
+    if let Ok(Some((what, cure))) = cluster::difference(installed, service).await {
+        drift.push(Drift { what, cure });
+    }
+    let (Ok(state), Ok(nomad)) = (State::read(name), nomad::connect()) else { return drift };
+    for (slot, filled) in &state.slots {
+        let reference = ImageRef { name: service.image.clone(), version: filled.version.clone() };
+        let id = paths::job(name, *slot);
+        // A deploy fills the standby: what is wrong in the active slot is first made one.
+        let active = pointer::read(name).is_ok_and(|p| p.slot() == *slot);
+        let first = if active { "zd switch, then " } else { "" };
+        let cure = format!("{first}zd deploy {}", filled.version);
+        let Ok(job) = plan::slot::job(installed, service, *slot, &reference, &filled.digest) else {
+            continue;
+        };
+        match (nomad::job(&nomad, &id).await, nomad::differs(&nomad, &id, &job).await) {
+            (Ok(None), _) => drift.push(Drift::new(format!("Nomad job {id} is gone"), cure)),
+            (Ok(Some(_)), Ok(true)) => {
+                drift.push(Drift::new(format!("Nomad job {id} was changed by hand"), cure));
+            }
+            _ => {}
+        }
+    }
+    drift
+}
+
 async fn service_report(
     installed: &Installed,
     service: &Service,
     docker: Option<&Docker>,
-    drift: &mut Vec<String>,
+    drift: &mut Vec<Drift>,
 ) -> Result<ServiceReport> {
     let name = &service.name;
     let now = pointer::read(name)?;
     let active = now.slot();
     if matches!(now, Pointer::Held(_)) {
-        drift.push(format!("{name}: a switch was interrupted while it held requests; {active} serves on: zd switch --to {active}"));
+        let what = format!("{name}: a switch was interrupted while it held requests; {active} serves on");
+        drift.push(Drift::new(what, format!("zd switch --to {active}")));
     }
     let state = State::read(name)?;
     let mut slots = Vec::new();
     for slot in Slot::BOTH {
         let recorded = state.slots.get(&slot);
         let probes = health::probe(installed, service, slot).await;
+        let running = match docker {
+            Some(docker) => docker.of_slot(name, slot).await?,
+            None => Vec::new(),
+        };
         let mut containers = Vec::new();
         for instance in 1..=service.instances {
-            let container = paths::container(name, slot, instance);
-            let found = match docker {
-                Some(docker) => docker.find(&container).await?,
-                None => None,
-            };
+            let container = format!("{name} {slot} {instance}");
+            let found = docker::instance(&running, instance);
             if docker.is_some() {
-                drift.extend(container_drift(
-                    &container,
-                    found.as_ref(),
-                    recorded.map(|r| r.digest.as_str()),
-                ));
+                drift.extend(container_drift(&container, found, recorded.map(|r| r.digest.as_str())));
             }
-            containers.push(found);
+            containers.push(found.cloned());
         }
         let healthy = probes.iter().all(|p| p.healthy);
         let role = if slot == active { "active" } else { "standby" };
         if !healthy {
             let why = probes.iter().find(|p| !p.healthy).map(|p| p.answer.clone()).unwrap_or_default();
-            drift.push(format!(
-                "{name} {slot} ({role}) is not healthy ({why}): zd deploy VERSION, or docker logs"
-            ));
+            let cure = format!("zd logs {slot}, then zd deploy VERSION");
+            drift.push(Drift::new(format!("{name} {slot} ({role}) is not healthy ({why})"), cure));
         }
         slots.push(SlotReport {
             slot,
@@ -156,11 +216,8 @@ async fn service_report(
     }
     let serving = switch::serves(service, active).await;
     if let Err(why) = &serving {
-        drift.push(format!(
-            "port {} gives {why}: systemctl status {}",
-            service.listen,
-            paths::nginx_unit(name)
-        ));
+        let cure = format!("systemctl status {}", paths::nginx_unit(name));
+        drift.push(Drift::new(format!("port {} gives {why}", service.listen), cure));
     }
     Ok(ServiceReport {
         name: name.clone(),
@@ -174,16 +231,17 @@ async fn service_report(
     })
 }
 
-fn container_drift(name: &str, found: Option<&Found>, recorded: Option<&str>) -> Option<String> {
+fn container_drift(name: &str, found: Option<&Found>, recorded: Option<&str>) -> Option<Drift> {
     match found {
-        None => Some(format!("container {name} is gone: zd deploy VERSION to its slot")),
-        Some(found) if !found.running => Some(format!("container {name} does not run: docker start {name}")),
-        Some(found) if Some(found.digest.as_str()) != recorded => Some(format!(
-            "container {name} runs {} ({}), recorded is {}: somebody changed it by hand",
-            found.version,
-            found.digest,
-            recorded.unwrap_or("nothing")
-        )),
+        None => Some(Drift::new(format!("container {name} is gone"), "zd deploy VERSION to its slot")),
+        Some(found) if !found.running => {
+            Some(Drift::new(format!("container {name} does not run"), format!("docker start {}", found.name)))
+        }
+        Some(found) if Some(found.digest.as_str()) != recorded => {
+            let (version, digest, recorded) = (&found.version, &found.digest, recorded.unwrap_or("nothing"));
+            let what = format!("container {name} runs {version} ({digest}), recorded is {recorded}");
+            Some(Drift::new(what, "somebody changed it by hand: zd deploy VERSION to its slot"))
+        }
         Some(_) => None,
     }
 }
@@ -236,7 +294,10 @@ fn text(r: &Report) -> String {
     if r.drift.is_empty() {
         out.push_str("all is as recorded");
     } else {
-        out.push_str(&format!("not as recorded:\n  - {}", r.drift.join("\n  - ")));
+        out.push_str("not as recorded:");
+        for drift in &r.drift {
+            out.push_str(&format!("\n  - {}: {}", drift.what, drift.cure));
+        }
     }
     out
 }

@@ -6,8 +6,8 @@ use crate::host::Host;
 use crate::host::config::Installed;
 use crate::host::lock::HostLock;
 use crate::ids::{Name, Slot};
-use crate::service::pointer;
 use crate::service::switch::{self, Report, Request};
+use crate::service::{cluster, pointer};
 use crate::ui::Ui;
 
 /// Move all traffic to the other slot: no request fails, no versions mix
@@ -49,7 +49,7 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
     let request = Request { verb: "switch", reason: &args.change.reason };
     let report = switch::run(&installed, &service, to, &request).await?;
     ui.report(&report, text);
-    Ok(())
+    cluster::tell(&installed, &service.name, ui).await
 }
 
 pub fn text(r: &Report) -> String {

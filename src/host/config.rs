@@ -27,6 +27,12 @@ pub struct HostConfig {
 }
 
 impl HostConfig {
+    /// None before an install has written it.
+    pub fn read() -> Result<Option<Self>> {
+        let Some(bytes) = super::fs::read_if_any(Path::new(paths::HOST_TOML))? else { return Ok(None) };
+        toml::from_slice(&bytes).map(Some).or_code(Code::Io, paths::HOST_TOML)
+    }
+
     pub fn to_toml(&self) -> Result<String> {
         toml::to_string(self).or_code(Code::Bug, "writing host.toml")
     }
@@ -34,6 +40,11 @@ impl HostConfig {
     /// `address:port` of the private registry.
     pub fn registry(&self) -> String {
         format!("{}:{}", self.ip, self.registry_port)
+    }
+
+    /// What this host is called among the nodes of Consul and Nomad.
+    pub fn node(&self) -> String {
+        format!("node-{}", self.ip.to_string().replace('.', "-"))
     }
 
     /// Name of a repository's image by digest in the private registry.
@@ -63,12 +74,11 @@ pub struct Installed {
 impl Installed {
     /// None where nothing is installed (or an install has not come to its end).
     pub fn read() -> Result<Option<Self>> {
-        let toml = Path::new(paths::HOST_TOML);
         if !Path::new(paths::CURRENT).exists() {
             return Ok(None);
         }
-        let text = std::fs::read_to_string(toml).at(toml)?;
-        let host: HostConfig = toml::from_str(&text).or_code(Code::Io, paths::HOST_TOML)?;
+        let host = HostConfig::read()?
+            .ok_or_else(|| Code::Io.err(format!("{} is gone", paths::HOST_TOML)).cure("install again"))?;
         let path = Path::new(paths::CURRENT).join(paths::LOCK_FILE);
         let lock = Lock::parse(&std::fs::read(&path).at(&path)?)?;
         Ok(Some(Self { host, lock }))

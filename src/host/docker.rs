@@ -1,6 +1,7 @@
 //! The Docker daemon: network, images by digest, a slot's containers. bollard over the local socket.
 
 use std::collections::HashMap;
+use std::io::Write;
 use std::net::Ipv4Addr;
 use std::time::Duration;
 
@@ -11,8 +12,9 @@ use bollard::models::{
     IpamConfig, NetworkCreateRequest, NetworkingConfig, RestartPolicy, RestartPolicyNameEnum,
 };
 use bollard::query_parameters::{
-    CreateContainerOptionsBuilder, CreateImageOptionsBuilder, LogsOptionsBuilder,
-    RemoveContainerOptionsBuilder, RenameContainerOptionsBuilder, StopContainerOptionsBuilder,
+    CreateContainerOptionsBuilder, CreateImageOptionsBuilder, ListContainersOptionsBuilder,
+    LogsOptionsBuilder, RemoveContainerOptionsBuilder, RenameContainerOptionsBuilder,
+    StopContainerOptionsBuilder,
 };
 use futures_util::{StreamExt, TryStreamExt};
 use serde::{Deserialize, Serialize};
@@ -24,6 +26,7 @@ use crate::ids::{Digest, Name, Slot, Version};
 
 /// The network that all containers of services are on.
 pub const NETWORK: &str = "zd";
+const PARKED: &str = "-parked";
 /// Seconds a container has to stop by itself.
 const STOP_S: i32 = 10;
 /// bollard's own limit is 2 minutes; a pull of a large image on a slow disk takes longer.
@@ -35,6 +38,7 @@ pub struct Container {
     pub name: String,
     pub service: Name,
     pub slot: Slot,
+    pub instance: u8,
     pub version: Version,
     /// Full name by digest in the private registry.
     pub image: String,
@@ -48,7 +52,9 @@ pub struct Container {
 /// A container as it is.
 #[derive(Clone, Debug, Serialize)]
 pub struct Found {
+    pub name: String,
     pub id: String,
+    pub instance: u8,
     pub running: bool,
     pub started_at: String,
     pub restarts: i64,
@@ -66,12 +72,23 @@ impl Found {
     }
 }
 
+/// One instance among a slot's containers: the one that runs, where Nomad has not yet cleared away those
+/// before it.
+pub fn instance(slot: &[Found], instance: u8) -> Option<&Found> {
+    slot.iter().filter(|c| c.instance == instance).max_by_key(|c| c.running)
+}
+
 pub struct Docker(bollard::Docker);
 
 fn failed(e: BollardError) -> Error {
-    Code::Docker
-        .err(format!("Docker: {e}"))
-        .cure("see `systemctl status docker` and `journalctl -u docker`, then run the same command again")
+    let said = e.to_string();
+    let cure = if said.contains("No chain/target/match") {
+        "a firewall that was started after Docker threw its rules away: systemctl restart docker (what runs goes on), \
+         then run the same command again"
+    } else {
+        "see `systemctl status docker` and `journalctl -u docker`, then run the same command again"
+    };
+    Code::Docker.err(format!("Docker: {said}")).cure(cure)
 }
 
 fn missing(e: &BollardError) -> bool {
@@ -145,7 +162,9 @@ impl Docker {
         let endpoint = networks.get(NETWORK).cloned().unwrap_or_default();
         let wanted = endpoint.ipam_config.and_then(|c| c.ipv4_address);
         Ok(Some(Found {
+            name: info.name.unwrap_or_default().trim_start_matches('/').to_owned(),
             id: info.id.unwrap_or_default(),
+            instance: label("zd.instance").parse().unwrap_or(0),
             running: state.running == Some(true),
             started_at: state.started_at.map(|t| t.to_string()).unwrap_or_default(),
             restarts: info.restart_count.unwrap_or(0),
@@ -153,6 +172,29 @@ impl Docker {
             digest: label("zd.digest"),
             ip: wanted.or(endpoint.ip_address).unwrap_or_default(),
         }))
+    }
+
+    /// Containers of a slot, whichever engine started them; without the parked ones.
+    pub async fn of_slot(&self, service: &Name, slot: Slot) -> Result<Vec<Found>> {
+        let labels = vec![format!("zd.service={service}"), format!("zd.slot={slot}")];
+        let options = ListContainersOptionsBuilder::default()
+            .all(true)
+            .filters(&HashMap::from([("label", labels)]))
+            .build();
+        let mut found = Vec::new();
+        for summary in self.0.list_containers(Some(options)).await.map_err(failed)? {
+            let Some(id) = summary.id else { continue };
+            found.extend(self.find(&id).await?.filter(|c| !c.name.ends_with(PARKED)));
+        }
+        Ok(found)
+    }
+
+    /// Removes all that is left of a slot.
+    pub async fn clear_slot(&self, service: &Name, slot: Slot) -> Result<()> {
+        for container in self.of_slot(service, slot).await? {
+            self.remove(&container.name).await?;
+        }
+        Ok(())
     }
 
     async fn ensure_image(&self, image: &str, host: &HostConfig) -> Result<()> {
@@ -202,6 +244,7 @@ impl Docker {
         let labels = [
             ("zd.service", wanted.service.to_string()),
             ("zd.slot", wanted.slot.to_string()),
+            ("zd.instance", wanted.instance.to_string()),
             ("zd.version", wanted.version.to_string()),
             ("zd.digest", wanted.digest.to_string()),
         ];
@@ -271,9 +314,33 @@ impl Docker {
         }
         text
     }
+
+    /// Prints what containers wrote, each line behind the container's name.
+    pub async fn print_logs(&self, containers: &[Found], lines: u32, follow: bool) -> Result<()> {
+        let logs = containers.iter().map(|container| {
+            let options = LogsOptionsBuilder::default()
+                .stdout(true)
+                .stderr(true)
+                .follow(follow)
+                .tail(&lines.to_string())
+                .build();
+            self.0.logs(&container.name, Some(options)).map_ok(|line| (container.name.as_str(), line)).boxed()
+        });
+        let mut logs = futures_util::stream::select_all(logs);
+        while let Some((name, line)) = logs.try_next().await.map_err(failed)? {
+            let text = line.to_string();
+            for line in text.lines() {
+                // A closed pipe (`zd logs blue | head`) is the end, not an error.
+                if writeln!(std::io::stdout(), "{name}  {line}").is_err() {
+                    return Ok(());
+                }
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Name under which the container before is kept until the new one is healthy.
 pub fn parked(name: &str) -> String {
-    format!("{name}-parked")
+    format!("{name}{PARKED}")
 }

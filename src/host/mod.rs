@@ -1,6 +1,8 @@
 //! The only code that touches the machine.
 
+pub mod api;
 pub mod config;
+pub mod consul;
 pub mod docker;
 pub mod exec;
 pub mod firewall;
@@ -8,9 +10,12 @@ pub mod fs;
 pub mod http;
 pub mod lock;
 pub mod nginx;
+pub mod nomad;
 pub mod packages;
 pub mod paths;
 pub mod registry;
+#[cfg(test)]
+mod replay;
 pub mod secrets;
 pub mod systemd;
 

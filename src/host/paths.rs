@@ -18,9 +18,22 @@ pub const CA: &str = "/etc/zd/tls/ca.crt";
 pub const CA_KEY: &str = "/etc/zd/tls/ca.key";
 pub const REGISTRY_ETC: &str = "/etc/zd/registry";
 pub const REGISTRY_PASSWORD: &str = "/etc/zd/registry/password";
+pub const SECRETS: &str = "/etc/zd/secrets";
+pub const DOCKER_AUTH: &str = "/etc/zd/secrets/docker-auth.json";
+pub const NOMAD_CERT: &str = "/etc/zd/tls/nomad.crt";
+pub const NOMAD_KEY: &str = "/etc/zd/tls/nomad.key";
+pub const CONSUL_ETC: &str = "/etc/zd/consul.d";
+pub const NOMAD_ETC: &str = "/etc/zd/nomad.d";
+pub const CONSUL_TEMPLATE_ETC: &str = "/etc/zd/consul-template.d";
+pub const TEMPLATES: &str = "/etc/zd/templates";
+pub const LOGROTATE_CONF: &str = "/etc/zd/logrotate.conf";
 
 pub const VAR: &str = "/var/lib/zd";
 pub const REGISTRY_DATA: &str = "/var/lib/zd/registry";
+pub const CONSUL_DATA: &str = "/var/lib/zd/consul";
+pub const NOMAD_DATA: &str = "/var/lib/zd/nomad";
+/// What consul-template writes; nginx reads a copy that it has checked.
+pub const POOLS: &str = "/var/lib/zd/pools";
 pub const SERVICES: &str = "/var/lib/zd/services";
 pub const RECEIPTS: &str = "/var/lib/zd/receipts";
 pub const LOG: &str = "/var/log/zd";
@@ -35,6 +48,8 @@ pub const DOCKER_SOCKET: &str = "/var/run/docker.sock";
 /// Users that services run as.
 pub const REGISTRY_USER: &str = "zd-registry";
 pub const NGINX_USER: &str = "zd-nginx";
+pub const CONSUL_USER: &str = "zd-consul";
+pub const CONSUL_TEMPLATE_USER: &str = "zd-consul-template";
 
 pub fn generation(n: u32) -> PathBuf {
     format!("{GENERATIONS}/{n}").into()
@@ -59,6 +74,21 @@ pub fn nginx_conf(name: &Name) -> PathBuf {
 
 pub fn nginx_unit(name: &Name) -> String {
     format!("zd-nginx@{name}.service")
+}
+
+/// The Nomad job of a slot.
+pub fn job(service: &Name, slot: Slot) -> String {
+    format!("{service}-{slot}")
+}
+
+/// Upstreams of a service, as consul-template writes them.
+pub fn pools(service: &Name) -> PathBuf {
+    format!("{POOLS}/{service}.conf").into()
+}
+
+/// The upstreams that nginx includes.
+pub fn nginx_pools(service: &Name) -> PathBuf {
+    format!("{ETC}/nginx/{service}.pools").into()
 }
 
 pub fn container(service: &Name, slot: Slot, instance: u8) -> String {

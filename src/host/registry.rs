@@ -28,6 +28,7 @@ const TRIES: u32 = 4;
 pub struct Registry {
     client: Client,
     host: String,
+    auth: RegistryAuth,
 }
 
 impl Registry {
@@ -44,11 +45,12 @@ impl Registry {
         };
         let client =
             Client::try_from(config).or_code(Code::Registry, "making a client for the private registry")?;
-        let registry = Self { client, host: host.registry() };
         let auth = RegistryAuth::Basic(secrets::REGISTRY_ACCOUNT.into(), secrets::registry_password()?);
-        registry.client.store_auth_if_needed(&registry.host, &auth).await;
+        let registry = Self { client, host: host.registry(), auth };
+        registry.client.store_auth_if_needed(&registry.host, &registry.auth).await;
         let any = registry.reference("zd", "ping")?;
-        registry.client.auth(&any, &auth, RegistryOperation::Push).await.map_err(|e| registry.failed(&e))?;
+        let answer = registry.client.auth(&any, &registry.auth, RegistryOperation::Push).await;
+        answer.map_err(|e| registry.failed(&e))?;
         Ok(registry)
     }
 
@@ -78,7 +80,7 @@ impl Registry {
     /// Digest of the manifest under a tag, if there is one.
     pub async fn digest(&self, image: &ImageRef) -> Result<Option<Digest>> {
         let reference = self.reference(image.name.as_str(), image.version.as_str())?;
-        match self.client.fetch_manifest_digest(&reference, &self.auth()?).await {
+        match self.client.fetch_manifest_digest(&reference, &self.auth).await {
             Ok(digest) => digest.parse().map(Some).map_err(|e: String| Code::Registry.err(e)),
             Err(oci_client::errors::OciDistributionError::ImageManifestNotFoundError(_)) => Ok(None),
             Err(oci_client::errors::OciDistributionError::RegistryError { .. }) => Ok(None),
@@ -86,14 +88,10 @@ impl Registry {
         }
     }
 
-    fn auth(&self) -> Result<RegistryAuth> {
-        Ok(RegistryAuth::Basic(secrets::REGISTRY_ACCOUNT.into(), secrets::registry_password()?))
-    }
-
     /// Versions it holds of a repository.
     pub async fn versions(&self, repository: &Name) -> Result<Vec<Version>> {
         let reference = self.reference(repository.as_str(), "any")?;
-        match self.client.list_tags(&reference, &self.auth()?, None, None).await {
+        match self.client.list_tags(&reference, &self.auth, None, None).await {
             Ok(tags) => Ok(tags.tags.into_iter().filter_map(|t| t.parse().ok()).collect()),
             Err(oci_client::errors::OciDistributionError::RegistryError { .. }) => Ok(Vec::new()),
             Err(e) => Err(self.failed(&e)),

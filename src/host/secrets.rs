@@ -5,16 +5,21 @@ use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use base64::Engine;
+use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD};
 use jiff::Timestamp;
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
     KeyPair, KeyUsagePurpose, SanType,
 };
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 
 use super::{fs, paths};
 use crate::error::{At, Code, OrCode, Result};
 
+/// Name of the part of a configuration that only its user may read.
+const PRIVATE: &str = "private.json";
+const LOCALHOST: IpAddr = IpAddr::V4(std::net::Ipv4Addr::LOCALHOST);
 /// The account that pushes and pulls.
 pub const REGISTRY_ACCOUNT: &str = "zd";
 /// Cost 5: the password is 256 random bits, and the registry hashes it at every request.
@@ -32,6 +37,59 @@ pub enum Secret {
     },
     RegistryPassword,
     Htpasswd,
+    /// What Nomad pulls with, in the form of docker's config.json.
+    DockerAuth {
+        registry: String,
+    },
+    /// Nomad's certificate, for servers and clients of the region `zd`.
+    NomadCertificate,
+    Token(Token),
+    /// The part of Consul's configuration that nobody else may read. `management` is the name that this
+    /// version of Consul has for the first token.
+    ConsulPrivate {
+        management: String,
+    },
+    NomadPrivate,
+    ConsulTemplatePrivate,
+}
+
+/// Tokens of the ACLs, each in a file of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Token {
+    ConsulManagement,
+    ConsulAgent,
+    ConsulNomad,
+    ConsulTemplate,
+    ConsulZd,
+    /// Made by Nomad, not by us.
+    NomadManagement,
+}
+
+impl Token {
+    pub fn name(self) -> &'static str {
+        match self {
+            Token::ConsulManagement => "consul-management",
+            Token::ConsulAgent => "consul-agent",
+            Token::ConsulNomad => "consul-nomad",
+            Token::ConsulTemplate => "consul-template",
+            Token::ConsulZd => "consul-zd",
+            Token::NomadManagement => "nomad-management",
+        }
+    }
+
+    pub fn path(self) -> PathBuf {
+        Path::new(paths::SECRETS).join(self.name())
+    }
+}
+
+pub fn token(token: Token) -> Result<String> {
+    let path = token.path();
+    std::fs::read_to_string(&path).at(&path)
+}
+
+pub fn keep(token: Token, secret: &str) -> Result<()> {
+    fs::write(&token.path(), secret.as_bytes(), 0o600, None)
 }
 
 impl Secret {
@@ -43,6 +101,12 @@ impl Secret {
             Secret::RegistryCertificate { .. } => vec![registry.join("tls.crt"), registry.join("tls.key")],
             Secret::RegistryPassword => vec![paths::REGISTRY_PASSWORD.into()],
             Secret::Htpasswd => vec![registry.join("htpasswd")],
+            Secret::DockerAuth { .. } => vec![paths::DOCKER_AUTH.into()],
+            Secret::NomadCertificate => vec![paths::NOMAD_CERT.into(), paths::NOMAD_KEY.into()],
+            Secret::Token(token) => vec![token.path()],
+            Secret::ConsulPrivate { .. } => vec![Path::new(paths::CONSUL_ETC).join(PRIVATE)],
+            Secret::NomadPrivate => vec![Path::new(paths::NOMAD_ETC).join(PRIVATE)],
+            Secret::ConsulTemplatePrivate => vec![Path::new(paths::CONSUL_TEMPLATE_ETC).join(PRIVATE)],
         }
     }
 
@@ -57,22 +121,50 @@ impl Secret {
                 fs::write(&files[0], certificate.pem().as_bytes(), 0o644, None)
             }
             Secret::RegistryCertificate { ip } => {
-                let pem = std::fs::read_to_string(paths::CA_KEY).at(paths::CA_KEY)?;
-                let ca_key = KeyPair::from_pem(&pem).or_code(Code::Bug, "reading the CA's key")?;
-                let issuer = Issuer::new(ca_params(), ca_key);
-                let key = KeyPair::generate().or_code(Code::Bug, "making the registry's key")?;
                 let mut params = params("zd registry");
-                params.subject_alt_names =
-                    vec![SanType::IpAddress(*ip), SanType::IpAddress([127, 0, 0, 1].into())];
+                params.subject_alt_names = vec![SanType::IpAddress(*ip), SanType::IpAddress(LOCALHOST)];
                 params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
-                params.use_authority_key_identifier_extension = true;
-                let certificate = params
-                    .signed_by(&key, &issuer)
-                    .or_code(Code::Bug, "making the registry's certificate")?;
-                fs::write(&files[1], key.serialize_pem().as_bytes(), 0o600, registry)?;
-                fs::write(&files[0], certificate.pem().as_bytes(), 0o644, registry)
+                certificate(params, &files, registry)
             }
-            Secret::RegistryPassword => fs::write(&files[0], random()?.as_bytes(), 0o600, None),
+            Secret::NomadCertificate => {
+                let mut params = params("zd nomad");
+                params.subject_alt_names = vec![SanType::IpAddress(LOCALHOST)];
+                // The names that verify_server_hostname looks for.
+                for name in ["server.zd.nomad", "client.zd.nomad", "localhost"] {
+                    let name = name.try_into().or_code(Code::Bug, "a name of Nomad's certificate")?;
+                    params.subject_alt_names.push(SanType::DnsName(name));
+                }
+                params.extended_key_usages =
+                    vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+                certificate(params, &files, None)
+            }
+            Secret::RegistryPassword => {
+                let password = URL_SAFE_NO_PAD.encode(random::<32>()?);
+                fs::write(&files[0], password.as_bytes(), 0o600, None)
+            }
+            Secret::DockerAuth { registry } => {
+                let account = STANDARD.encode(format!("{REGISTRY_ACCOUNT}:{}", registry_password()?));
+                let auths = json!({ "auths": { registry: { "auth": account } } });
+                private(&files[0], &auths, None)
+            }
+            Secret::Token(token) => keep(*token, &uuid()?),
+            Secret::ConsulPrivate { management } => {
+                let tokens = json!({
+                    management: self::token(Token::ConsulManagement)?,
+                    "agent": self::token(Token::ConsulAgent)?,
+                });
+                let config = json!({ "encrypt": gossip_key()?, "acl": { "tokens": tokens } });
+                private(&files[0], &config, Some(paths::CONSUL_USER))
+            }
+            Secret::NomadPrivate => {
+                let consul = self::token(Token::ConsulNomad)?;
+                let config = json!({ "server": { "encrypt": gossip_key()? }, "consul": { "token": consul } });
+                private(&files[0], &config, None)
+            }
+            Secret::ConsulTemplatePrivate => {
+                let config = json!({ "consul": { "token": self::token(Token::ConsulTemplate)? } });
+                private(&files[0], &config, Some(paths::CONSUL_TEMPLATE_USER))
+            }
             Secret::Htpasswd => {
                 let hash = bcrypt::hash_with_result(registry_password()?, BCRYPT_COST)
                     .or_code(Code::Bug, "hashing the registry's password")?
@@ -87,12 +179,42 @@ pub fn registry_password() -> Result<String> {
     std::fs::read_to_string(paths::REGISTRY_PASSWORD).at(paths::REGISTRY_PASSWORD)
 }
 
-/// 256 bits from the kernel, in base64 without characters that need quoting.
-fn random() -> Result<String> {
+/// Bytes from the kernel.
+fn random<const N: usize>() -> Result<[u8; N]> {
     use std::io::Read;
-    let mut bytes = [0u8; 32];
+    let mut bytes = [0u8; N];
     std::fs::File::open("/dev/urandom").and_then(|mut f| f.read_exact(&mut bytes)).at("/dev/urandom")?;
-    Ok(base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(bytes))
+    Ok(bytes)
+}
+
+/// The form of Consul's and Nomad's tokens (RFC 9562, version 4).
+fn uuid() -> Result<String> {
+    let mut bytes = random::<16>()?;
+    bytes[6] = bytes[6] & 0x0f | 0x40;
+    bytes[8] = bytes[8] & 0x3f | 0x80;
+    let hex: String = bytes.iter().map(|b| format!("{b:02x}")).collect();
+    Ok(format!("{}-{}-{}-{}-{}", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]))
+}
+
+/// The form of a gossip key (`consul keygen`, `nomad operator keygen`).
+fn gossip_key() -> Result<String> {
+    Ok(STANDARD.encode(random::<32>()?))
+}
+
+fn private(path: &Path, config: &serde_json::Value, owner: Option<&str>) -> Result<()> {
+    fs::write(path, format!("{config:#}\n").as_bytes(), 0o600, owner)
+}
+
+/// A certificate of the private CA and its key; `files` are the two in this order.
+fn certificate(mut params: CertificateParams, files: &[PathBuf], owner: Option<&str>) -> Result<()> {
+    let pem = std::fs::read_to_string(paths::CA_KEY).at(paths::CA_KEY)?;
+    let ca_key = KeyPair::from_pem(&pem).or_code(Code::Bug, "reading the CA's key")?;
+    let issuer = Issuer::new(ca_params(), ca_key);
+    let key = KeyPair::generate().or_code(Code::Bug, "making a key")?;
+    params.use_authority_key_identifier_extension = true;
+    let certificate = params.signed_by(&key, &issuer).or_code(Code::Bug, "making a certificate")?;
+    fs::write(&files[1], key.serialize_pem().as_bytes(), 0o600, owner)?;
+    fs::write(&files[0], certificate.pem().as_bytes(), 0o644, owner)
 }
 
 fn params(name: &str) -> CertificateParams {

@@ -1,16 +1,16 @@
-//! The plan of an install on the docker engine: facts + lock -> steps, in the order that each can rely
+//! The plan of an install: facts + lock -> steps, in the order that each can rely
 //! on those before it. The link to the generation comes last: it is what makes it installed.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use super::{Keep, Plan, Step};
+use super::{Keep, Plan, Step, slot};
 use crate::assets;
-use crate::bundle::manifest::{ImageRef, Service};
+use crate::bundle::Lock;
+use crate::bundle::manifest::{Engine, ImageRef, Service};
 use crate::bundle::signature::Key;
 use crate::error::{Code, OrCode, Result};
 use crate::host::config::Installed;
-use crate::host::docker::Container;
 use crate::host::firewall::Firewall;
 use crate::host::nginx;
 use crate::host::paths::{self, NGINX_USER, REGISTRY_USER};
@@ -32,9 +32,12 @@ pub struct Inputs<'a> {
     pub open_firewall: Option<Firewall>,
 }
 
-/// Packages of the docker engine whose own services must not start: ours are other units.
-const MASKED: [(&str, &str); 2] =
-    [("nginx.service", "nginx"), ("docker-registry.service", "docker-registry")];
+/// Carried packages whose own units must not start: ours are others.
+const MASKED: [(&str, &str); 3] = [
+    ("nginx.service", "nginx"),
+    ("docker-registry.service", "docker-registry"),
+    ("logrotate.timer", "logrotate"),
+];
 
 pub fn plan(inputs: &Inputs) -> Result<Plan> {
     let installed = inputs.installed;
@@ -47,14 +50,14 @@ pub fn plan(inputs: &Inputs) -> Result<Plan> {
         plan.dir(&repository, 0o755);
         let mut files: Vec<_> = lock.debs.iter().map(|d| (d.file.clone(), d.digest.clone())).collect();
         files.push(("Packages".into(), index.clone()));
-        plan.push(Step::Files { path: repository.clone(), files });
+        plan.push(Step::Files { path: repository.clone(), files, mode: 0o644 });
         plan.packages(inputs, repository);
     }
     if !lock.files.is_empty() {
         let path = paths::generation(installed.host.generation).join("files");
         plan.dir(&path, 0o755);
         let files = lock.files.iter().map(|f| (f.name.to_string(), f.digest.clone())).collect();
-        plan.push(Step::Files { path, files });
+        plan.push(Step::Files { path, files, mode: 0o644 });
     }
     plan.registry(inputs)?;
     for image in &lock.images {
@@ -64,8 +67,21 @@ pub fn plan(inputs: &Inputs) -> Result<Plan> {
         plan.push(Step::Unit { name: "docker.service".into() });
         plan.push(Step::Network { subnet: format!("{}.0.0/16", installed.host.subnet) });
     }
+    if lock.engine == Engine::Nomad {
+        plan.stack(inputs)?;
+    }
     for service in &lock.services {
-        plan.service(inputs, service)?;
+        plan.slots(inputs, service)?;
+    }
+    if lock.engine == Engine::Nomad {
+        plan.consul_template(installed)?;
+    }
+    for service in &lock.services {
+        plan.front(installed, service)?;
+    }
+    if !lock.services.is_empty() {
+        plan.log_rotation(lock)?;
+        plan.firewall(inputs)?;
     }
     plan.push(Step::Link {
         path: paths::CURRENT.into(),
@@ -74,24 +90,24 @@ pub fn plan(inputs: &Inputs) -> Result<Plan> {
     Ok(Plan { verb: "install", about: lock.title(), steps: plan.steps })
 }
 
-struct Builder {
+pub(super) struct Builder {
     steps: Vec<Step>,
 }
 
 impl Builder {
-    fn push(&mut self, step: Step) {
+    pub(super) fn push(&mut self, step: Step) {
         self.steps.push(step);
     }
 
-    fn dir(&mut self, path: impl Into<PathBuf>, mode: u32) {
+    pub(super) fn dir(&mut self, path: impl Into<PathBuf>, mode: u32) {
         self.push(Step::Dir { path: path.into(), mode, owner: None, keep: Keep::Ours });
     }
 
-    fn owned_dir(&mut self, path: impl Into<PathBuf>, mode: u32, owner: &str, keep: Keep) {
+    pub(super) fn owned_dir(&mut self, path: impl Into<PathBuf>, mode: u32, owner: &str, keep: Keep) {
         self.push(Step::Dir { path: path.into(), mode, owner: Some(owner.into()), keep });
     }
 
-    fn file(&mut self, path: impl Into<PathBuf>, text: impl Into<String>) {
+    pub(super) fn file(&mut self, path: impl Into<PathBuf>, text: impl Into<String>) {
         self.push(Step::File { path: path.into(), text: text.into(), mode: 0o644, owner: None });
     }
 
@@ -179,7 +195,7 @@ impl Builder {
             mode: 0o640,
             owner: Some(REGISTRY_USER.into()),
         });
-        self.file(Path::new(paths::UNITS).join("zd-registry.service"), assets::REGISTRY_UNIT);
+        self.unit_file("zd-registry.service", assets::REGISTRY_UNIT);
         self.push(Step::Unit { name: "zd-registry.service".into() });
         self.push(Step::RegistryReady);
         Ok(())
@@ -189,7 +205,8 @@ impl Builder {
         self.steps.iter().any(|s| matches!(s, Step::Dir { path, .. } if path == Path::new(dir)))
     }
 
-    fn service(&mut self, inputs: &Inputs, service: &Service) -> Result<()> {
+    /// Both slots of a service, each with what it holds by now or else what the manifest starts with.
+    fn slots(&mut self, inputs: &Inputs, service: &Service) -> Result<()> {
         let installed = inputs.installed;
         let name = &service.name;
         let base = paths::service(name);
@@ -202,12 +219,6 @@ impl Builder {
             self.file(base.join(dir).join(file), "");
         }
         self.push(Step::Pointer { service: name.clone(), slot: Slot::Blue });
-        self.owned_dir(paths::log(name), 0o755, NGINX_USER, Keep::Data);
-        self.file(paths::nginx_conf(name), nginx::render(installed, service)?);
-        let unit = Path::new(paths::UNITS).join("zd-nginx@.service");
-        if !self.steps.iter().any(|s| matches!(s, Step::File { path, .. } if *path == unit)) {
-            self.file(unit, assets::NGINX_UNIT);
-        }
         let reference = ImageRef { name: service.image.clone(), version: service.version.clone() };
         let image = installed.lock.image(&reference).ok_or_else(|| {
             Code::Bundle.err(format!("service {name}: image {reference} is not in the bundle"))
@@ -218,45 +229,65 @@ impl Builder {
                 Some(filled) => (filled.version.clone(), filled.digest.clone()),
                 None => (service.version.clone(), image.manifest.clone()),
             };
-            let reference = ImageRef { name: service.image.clone(), version: version.clone() };
-            for container in containers(installed, service, slot, &reference, &digest) {
-                self.push(Step::Container(container));
-            }
-            self.push(Step::Healthy { service: name.clone(), slot });
-            self.push(Step::Record { service: name.clone(), slot, version, digest });
+            let reference = ImageRef { name: service.image.clone(), version };
+            self.steps.extend(slot::fill(installed, service, slot, &reference, &digest)?);
         }
-        self.push(Step::Unit { name: paths::nginx_unit(name) });
-        self.push(Step::Serving { service: name.clone(), slot: Slot::Blue });
-        if let Some(kind) = inputs.open_firewall {
-            self.push(Step::Firewall { kind, port: service.listen });
+        if installed.lock.engine == Engine::Nomad {
+            self.published(installed, service);
         }
         Ok(())
     }
-}
 
-/// A slot's containers running one image.
-pub fn containers<'a>(
-    installed: &'a Installed,
-    service: &'a Service,
-    slot: Slot,
-    reference: &'a ImageRef,
-    digest: &'a crate::ids::Digest,
-) -> impl Iterator<Item = Container> + 'a {
-    let index = installed.index(&service.name);
-    (1..=service.instances).map(move |instance| Container {
-        name: paths::container(&service.name, slot, instance),
-        service: service.name.clone(),
-        slot,
-        version: reference.version.clone(),
-        image: installed.host.image(&reference.name, digest),
-        digest: digest.clone(),
-        ip: installed.host.address(index, slot, instance),
-        env: service.env.iter().map(|(k, v)| format!("{k}={v}")).collect(),
-        memory: i64::from(service.memory_mb) << 20,
-    })
+    /// nginx before the slots.
+    fn front(&mut self, installed: &Installed, service: &Service) -> Result<()> {
+        let name = &service.name;
+        self.owned_dir(paths::log(name), 0o755, NGINX_USER, Keep::Data);
+        self.file(paths::nginx_conf(name), nginx::render(installed, service)?);
+        if installed.index(name) == 0 {
+            self.unit_file("zd-nginx@.service", assets::NGINX_UNIT);
+        }
+        self.push(Step::Unit { name: paths::nginx_unit(name) });
+        if installed.lock.engine == Engine::Nomad {
+            self.push(Step::Unit { name: format!("zd-pools@{name}.path") });
+        }
+        self.push(Step::Serving { service: name.clone(), slot: Slot::Blue });
+        Ok(())
+    }
+
+    fn log_rotation(&mut self, lock: &Lock) -> Result<()> {
+        let services: Vec<&Name> = lock.services.iter().map(|s| &s.name).collect();
+        let variables = serde_json::json!({ "services": services, "log": paths::LOG, "run": paths::RUN });
+        let conf = assets::render("logrotate.conf", assets::LOGROTATE_CONF, variables)?;
+        self.file(paths::LOGROTATE_CONF, conf);
+        self.unit_file("zd-logrotate.service", assets::LOGROTATE_UNIT);
+        self.unit_file("zd-logrotate.timer", assets::LOGROTATE_TIMER);
+        self.push(Step::Unit { name: "zd-logrotate.timer".into() });
+        Ok(())
+    }
+
+    fn firewall(&mut self, inputs: &Inputs) -> Result<()> {
+        let ports = inputs.installed.lock.services.iter().map(|s| s.listen);
+        match &inputs.open_firewall {
+            None => {}
+            Some(Firewall::Nftables { chain }) => {
+                let variables = serde_json::json!({ "chain": chain, "ports": ports.collect::<Vec<_>>() });
+                let unit = assets::render("zd-firewall.service", assets::FIREWALL_UNIT, variables)?;
+                self.unit_file("zd-firewall.service", unit);
+                self.push(Step::Unit { name: "zd-firewall.service".into() });
+            }
+            Some(kind) => {
+                self.steps.extend(ports.map(|port| Step::Firewall { kind: kind.clone(), port }));
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn unit_file(&mut self, name: &str, text: impl Into<String>) {
+        self.file(Path::new(paths::UNITS).join(name), text);
+    }
 }
 
 /// The lock's bytes as text, as they stand in the bundle.
-pub fn lock_text(lock: &crate::bundle::Lock) -> Result<String> {
+pub fn lock_text(lock: &Lock) -> Result<String> {
     String::from_utf8(lock.to_bytes()).or_code(Code::Bug, "the lock is not text")
 }

@@ -3,14 +3,18 @@
 pub mod deploy;
 pub mod install;
 pub mod preflight;
+pub mod slot;
+mod stack;
 
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::host::docker::Container;
 use crate::host::firewall::Firewall;
 use crate::host::packages::Leftovers;
+use crate::host::paths;
 use crate::host::secrets::Secret;
 use crate::ids::{Digest, Name, Slot, Version};
 
@@ -34,6 +38,7 @@ pub enum Step {
     Files {
         path: PathBuf,
         files: Vec<(String, Digest)>,
+        mode: u32,
     },
     /// This very zd.
     Tool {
@@ -65,7 +70,26 @@ pub enum Step {
     Unit {
         name: String,
     },
+    /// Enabled, to be started by what it belongs to.
+    Enabled {
+        name: String,
+    },
     RegistryReady,
+    /// Consul has a leader and its ACL.
+    Consul {
+        node: String,
+    },
+    /// Nomad has a leader, its ACL, and a node that runs containers.
+    Nomad,
+    /// The first pools that consul-template writes, where nginx includes them.
+    Pools {
+        service: Name,
+    },
+    /// A key of Consul's store.
+    Key {
+        key: String,
+        value: Value,
+    },
     Push {
         image: String,
     },
@@ -73,6 +97,12 @@ pub enum Step {
         subnet: String,
     },
     Container(Container),
+    /// A slot's job in Nomad.
+    Job {
+        service: Name,
+        slot: Slot,
+        job: Value,
+    },
     /// All containers of the slot answer their health path.
     Healthy {
         service: Name,
@@ -123,7 +153,7 @@ impl Step {
         match self {
             Step::Dir { path, .. } => format!("folder {}", path.display()),
             Step::File { path, .. } => format!("file {}", path.display()),
-            Step::Files { path, files } => format!("{} files in {}", files.len(), path.display()),
+            Step::Files { path, files, .. } => format!("{} files in {}", files.len(), path.display()),
             Step::Tool { path } => format!("zd itself as {}", path.display()),
             Step::Link { path, target } => format!("link {} -> {}", path.display(), target.display()),
             Step::Secret(secret) => format!("secret {}", secret.files()[0].display()),
@@ -132,6 +162,15 @@ impl Step {
             Step::Mask { unit, .. } => format!("{unit} kept from starting"),
             Step::Packages { wanted, .. } => format!("packages {}", wanted.join(" ")),
             Step::Unit { name } => format!("{name} enabled and running"),
+            Step::Enabled { name } => format!("{name} enabled"),
+            Step::Consul { .. } => "Consul has a leader and its ACL".into(),
+            Step::Nomad => "Nomad has a leader, its ACL and a healthy docker driver".into(),
+            Step::Pools { service } => format!("pools of {service} from consul-template"),
+            Step::Key { key, .. } => format!("Consul key {key}"),
+            Step::Job { service, slot, job } => {
+                let version = job["Meta"]["zd_version"].as_str().unwrap_or("?");
+                format!("Nomad job {} {version}", paths::job(service, *slot))
+            }
             Step::RegistryReady => "registry answers".into(),
             Step::Push { image } => format!("image {image} in the registry"),
             Step::Network { subnet } => format!("docker network zd {subnet}"),
@@ -198,6 +237,16 @@ pub enum Undo {
     RemoveNetwork,
     RemoveContainer {
         name: String,
+    },
+    RemoveJob {
+        service: Name,
+        slot: Slot,
+    },
+    /// The job as it was registered before.
+    PutBackJob {
+        service: Name,
+        slot: Slot,
+        job: Value,
     },
     /// No way back from here: an interrupted plan that came this far is finished instead.
     FinishRemoving {

@@ -8,10 +8,20 @@ use bytesize::ByteSize;
 use serde::Serialize;
 
 use crate::bundle::Lock;
+use crate::bundle::manifest::Engine;
 use crate::error::{Code, Error, Result};
 use crate::facts::{Cgroup, Facts, space};
 use crate::host::paths;
 
+/// Ports of the full stack, all on loopback.
+const STACK_PORTS: [(u16, &str); 6] = [
+    (8300, "servers of Consul"),
+    (8301, "gossip of Consul"),
+    (8500, "HTTP of Consul"),
+    (4646, "HTTP of Nomad"),
+    (4647, "RPC of Nomad"),
+    (4648, "gossip of Nomad"),
+];
 /// Memory that dockerd, the registry and nginx need beside the services.
 const MEMORY_MIN: u64 = 768 << 20;
 /// Left free on every file system after an install, for logs and the host itself.
@@ -145,14 +155,21 @@ pub fn bundle(facts: &Facts, wants: &Wants) -> Result<Vec<Finding>> {
 
 fn ports(facts: &Facts, wants: &Wants, found: &mut Vec<Finding>) {
     let services = wants.lock.services.iter();
-    let wanted = services.flat_map(|s| [(s.listen, "service"), (s.standby_listen, "standby entry")]);
-    for (port, what) in wanted.chain([(wants.registry_port, "private registry")]) {
+    let manifest = "stop it, or give the service another port in the manifest";
+    let wanted = services
+        .flat_map(|s| [(s.listen, "service", manifest), (s.standby_listen, "standby entry", manifest)]);
+    let registry =
+        (wants.registry_port, "private registry", "stop it, or take another: --registry-port PORT");
+    // Of the stack, only before there is one: its units are ours and do not look it.
+    let stack = STACK_PORTS.into_iter().filter(|_| wants.fresh && wants.lock.engine == Engine::Nomad);
+    let stack = stack.map(|(port, what)| (port, what, "stop it"));
+    for (port, what, cure) in wanted.chain([registry]).chain(stack) {
         match facts.listeners.iter().find(|l| l.port == port && !l.ours) {
             None => found.push(Finding::ok("port", format!("{port} for the {what} is free"))),
             Some(l) => found.push(Finding::bad(
                 "port",
                 format!("{port} for the {what} is taken by {}", l.owner),
-                "stop it, or give the service another port in the manifest",
+                cure,
             )),
         }
     }
@@ -171,10 +188,14 @@ fn programs(facts: &Facts, wants: &Wants, found: &mut Vec<Finding>) {
         });
     }
     for name in ["consul", "nomad", "consul-template"] {
-        if let Some(path) = facts.programs.get(name) {
+        let Some(path) = facts.programs.get(name) else { continue };
+        found.push(if wants.fresh && wants.lock.engine == Engine::Nomad {
+            let what = format!("{} was here before zd, which brings its own", path.display());
+            Finding::bad(name_of(name), what, "remove it, or pack with engine = \"docker\"")
+        } else {
             let what = format!("{} was here before zd; this engine does not use it", path.display());
-            found.push(Finding::note(name_of(name), what, "nothing: zd leaves it alone"));
-        }
+            Finding::note(name_of(name), what, "nothing: zd leaves it alone")
+        });
     }
 }
 
@@ -194,7 +215,7 @@ fn disks(wants: &Wants, found: &mut Vec<Finding>) -> Result<()> {
     let images: u64 = sizes(Role::ImageLayer) + sizes(Role::ImageConfig) + sizes(Role::ImageManifest);
     let unpacked: u64 = lock.images.iter().fold(0, |sum: u64, i| sum.saturating_add(i.unpacked));
     let needs = [
-        (paths::OPT, sizes(Role::Deb) + sizes(Role::AptIndex) + (64 << 20)),
+        (paths::OPT, sizes(Role::Deb) + sizes(Role::AptIndex) + sizes(Role::Binary) + (64 << 20)),
         ("/usr", wants.packages_installed),
         (paths::VAR, images),
         ("/var/lib/docker", unpacked),
@@ -220,7 +241,7 @@ fn disks(wants: &Wants, found: &mut Vec<Finding>) -> Result<()> {
 }
 
 fn firewall(facts: &Facts, lock: &Lock, found: &mut Vec<Finding>) {
-    let Some(kind) = facts.firewall else { return };
+    let Some(kind) = &facts.firewall else { return };
     let ports: Vec<String> = lock.services.iter().map(|s| format!("tcp {}", s.listen)).collect();
     found.push(Finding::note(
         "firewall",

@@ -6,11 +6,11 @@ use std::time::{Duration, Instant};
 use jiff::{SignedDuration, Timestamp};
 use serde::Serialize;
 
-use crate::bundle::manifest::Service;
+use crate::bundle::manifest::{Engine, Service};
 use crate::error::{Code, Result};
 use crate::host::config::Installed;
-use crate::host::docker::Docker;
-use crate::host::{exec, http, paths};
+use crate::host::docker::{self, Docker};
+use crate::host::{exec, http, nomad, paths};
 use crate::ids::Slot;
 
 const PROBE: Duration = Duration::from_secs(2);
@@ -46,7 +46,7 @@ pub async fn is_healthy(
     slot: Slot,
     docker: &Docker,
 ) -> Result<bool> {
-    let life = look(service, slot, docker).await?;
+    let life = look(installed.lock.engine, service, slot, docker).await?;
     Ok(life == Life::Settled && probe(installed, service, slot).await.iter().all(|p| p.healthy))
 }
 
@@ -59,11 +59,19 @@ enum Life {
 }
 
 /// How the slot's containers live, of which the least well tells.
-async fn look(service: &Service, slot: Slot, docker: &Docker) -> Result<Life> {
+async fn look(engine: Engine, service: &Service, slot: Slot, docker: &Docker) -> Result<Life> {
     let mut life = Life::Settled;
+    let containers = docker.of_slot(&service.name, slot).await?;
     for instance in 1..=service.instances {
-        let found = docker.find(&paths::container(&service.name, slot, instance)).await?;
-        let Some(found) = found.filter(|f| f.restarts < RESTARTS) else { return Ok(Life::Dying) };
+        let found = match (docker::instance(&containers, instance), engine) {
+            (Some(found), _) if found.restarts < RESTARTS => found,
+            // Nomad starts each in its own time, and a new one where the last has ended.
+            (None, Engine::Nomad) => {
+                let dying = nomad::keeps_ending(&nomad::connect()?, &paths::job(&service.name, slot)).await;
+                return Ok(if dying { Life::Dying } else { Life::Young });
+            }
+            _ => return Ok(Life::Dying),
+        };
         let age = found.started_at.parse::<Timestamp>().map(|at| Timestamp::now().duration_since(at));
         if !found.running || age.is_ok_and(|age| age < SETTLE) {
             life = Life::Young;
@@ -78,20 +86,30 @@ pub async fn wait(installed: &Installed, service: &Service, slot: Slot, docker: 
     let limit = Duration::from_secs(service.health_timeout.into());
     loop {
         // In this order: healthy answers count only of containers that had settled before.
-        let life = look(service, slot, docker).await?;
+        let life = look(installed.lock.engine, service, slot, docker).await?;
         let probes = probe(installed, service, slot).await;
         if life == Life::Settled && probes.iter().all(|p| p.healthy) {
             return Ok(());
         }
         let dying = life == Life::Dying;
         if dying || start.elapsed() > limit {
-            return Err(unhealthy(service, slot, &probes, docker, dying, start.elapsed()).await);
+            return Err(unhealthy(
+                installed.lock.engine,
+                service,
+                slot,
+                &probes,
+                docker,
+                dying,
+                start.elapsed(),
+            )
+            .await);
         }
         tokio::time::sleep(EVERY).await;
     }
 }
 
 async fn unhealthy(
+    engine: Engine,
     service: &Service,
     slot: Slot,
     probes: &[Probe],
@@ -105,17 +123,22 @@ async fn unhealthy(
         if dying { "it keeps ending" } else { "no 200" },
         waited.as_secs_f32()
     );
-    for (i, probe) in probes.iter().enumerate().filter(|(_, p)| !p.healthy) {
+    // One that keeps ending may just have answered.
+    for (i, probe) in probes.iter().enumerate().filter(|(_, p)| dying || !p.healthy) {
         let name = paths::container(&service.name, slot, i as u8 + 1);
-        let log = docker.log_tail(&name, 5).await;
-        let log = exec::last_lines(&log, 5);
-        what.push_str(&format!(
-            "\n  {name}: http://{}{} gives {}\n  its last lines: {}",
-            probe.address,
-            service.health,
-            probe.answer,
-            if log.is_empty() { "(none)" } else { &log }
-        ));
+        what.push_str(&format!("\n  http://{}{} gives {}", probe.address, service.health, probe.answer));
+        if engine == Engine::Docker {
+            let log = docker.log_tail(&name, 5).await;
+            let log = exec::last_lines(&log, 5);
+            let log = if log.is_empty() { "(none)" } else { &log };
+            what.push_str(&format!("\n  {name}: its last lines: {log}"));
+        }
+    }
+    if engine == Engine::Nomad {
+        what.push_str(&match nomad::connect() {
+            Ok(api) => nomad::explain(&api, &paths::job(&service.name, slot)).await,
+            Err(e) => format!("\n  {}", e.what),
+        });
     }
     Code::Unhealthy.err(what).cure("the active slot was not touched; mend the image and deploy it again")
 }

@@ -1,5 +1,6 @@
 //! Services: slots, pointer, state, health, and the gate that makes a switch atomic for clients.
 
+pub mod cluster;
 pub mod gate;
 pub mod health;
 pub mod pointer;

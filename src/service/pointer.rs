@@ -40,9 +40,12 @@ pub fn read(service: &Name) -> Result<Pointer> {
     let target = std::fs::read_link(&path).at(&path)?;
     let all = Slot::BOTH.into_iter().flat_map(|s| [Pointer::Active(s), Pointer::Held(s)]);
     all.into_iter().find(|p| target == Path::new(&p.folder())).ok_or_else(|| {
-        Code::Nginx
-            .err(format!("{} points to {}, which is no slot", path.display(), target.display()))
-            .cure(format!("set it back: ln -sfn blue {}", path.display()))
+        Code::Nginx.err(format!("{} points to {}, which is no slot", path.display(), target.display())).cure(
+            format!(
+                "set it back: cd {} && ln -s blue back && mv -T back active",
+                path.parent().unwrap_or(&path).display()
+            ),
+        )
     })
 }
 

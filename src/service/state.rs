@@ -21,6 +21,9 @@ pub struct State {
     pub active: Slot,
     pub active_since: Option<Timestamp>,
     pub active_by: Option<String>,
+    /// Consul was away when this was recorded, and has to be told.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub unpublished: bool,
     /// Where `rollback` goes.
     pub previous: Option<Release>,
 }
@@ -36,7 +39,8 @@ pub struct Filled {
 impl Default for State {
     fn default() -> Self {
         let (active_since, active_by, previous) = (None, None, None);
-        Self { schema: 1, slots: BTreeMap::new(), active: blue(), active_since, active_by, previous }
+        let (slots, unpublished) = (BTreeMap::new(), false);
+        Self { schema: 1, slots, active: blue(), active_since, active_by, unpublished, previous }
     }
 }
 

@@ -140,6 +140,7 @@ pub fn settle_killed(service: &Name) -> Result<()> {
     let mut state = State::read(service)?;
     if state.active != active {
         state.activate(active);
+        state.unpublished = true;
         state.write(service)?;
         recovered(format!("a switch was killed after it had moved the traffic; {active} is active"))?;
     }
@@ -302,5 +303,6 @@ fn local(port: u16) -> SocketAddr {
 }
 
 fn host_name(service: &Service) -> &str {
-    service.server_names.first().map_or("localhost", String::as_str)
+    let mut exact = service.server_names.iter().filter(|name| !name.contains('*'));
+    exact.next().map_or("localhost", String::as_str)
 }

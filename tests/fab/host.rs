@@ -75,6 +75,29 @@ health-timeout = 8
 
 /// Packs all sample images; `service` is the manifest's service section. Returns the folder.
 pub fn pack(name: &str, service: &str) -> PathBuf {
+    pack_with(name, &[], service)
+}
+
+/// As [`pack`], with more OS packages.
+pub fn pack_with(name: &str, extra: &[&str], service: &str) -> PathBuf {
+    pack_manifest(name, extra, "", service, &[])
+}
+
+/// As [`pack`], for the nomad engine. None, and loudly so, where its three programs are not to be had.
+pub fn pack_nomad(name: &str, service: &str) -> Option<PathBuf> {
+    let mirror = root().join("target/fab/binaries");
+    let found = Command::new(root().join("tests/fab/need")).arg("--stack").arg(&mirror).output();
+    let found = said(found.expect("tests/fab/need runs"));
+    if found.code != 0 {
+        eprintln!("\n!!! SKIPPED: everything on the nomad engine: {}", found.err);
+        return None;
+    }
+    let releases = found.out;
+    let mirror = mirror.to_str().expect("text");
+    Some(pack_manifest(name, &[], "engine = \"nomad\"\n", &(releases + service), &["--mirror", mirror]))
+}
+
+fn pack_manifest(name: &str, extra: &[&str], top: &str, sections: &str, options: &[&str]) -> PathBuf {
     let work = root().join("target/fab");
     std::fs::create_dir_all(&work).expect("target/fab");
     let zd = env!("CARGO_BIN_EXE_zd");
@@ -95,21 +118,23 @@ pub fn pack(name: &str, service: &str) -> PathBuf {
         line.trim_matches('"').to_owned()
     };
     let mut manifest = format!(
-        "schema = 1\nname = \"{name}\"\nversion = \"1\"\n[target]\nos = \"{}\"\nrelease = \"{}\"\n\
-         [packages]\ndocker = [\"docker.io\"]\nregistry = [\"docker-registry\"]\nnginx = [\"nginx-light\"]\n",
+        "schema = 1\nname = \"{name}\"\nversion = \"1\"\n{top}[target]\nos = \"{}\"\nrelease = \"{}\"\n\
+         [packages]\ndocker = [\"docker.io\"]\nregistry = [\"docker-registry\"]\nnginx = [\"nginx-light\"]\n\
+         logrotate = [\"logrotate\"]\nextra = {extra:?}\n",
         field("ID"),
         field("VERSION_ID")
     );
     for tag in ["v1", "v2", "v3", "slow200", "slow3000", "lazy", "wrong", "sick", "dies"] {
         manifest.push_str(&format!("[[image]]\nref = \"hello:{tag}\"\ndocker = \"hello:{tag}\"\n"));
     }
-    manifest.push_str(service);
+    manifest.push_str(sections);
     let path = work.join(format!("{name}.toml"));
     std::fs::write(&path, manifest).expect("manifest");
     let folder = work.join(name);
     let _ = std::fs::remove_dir_all(&folder);
     let out = Command::new(zd)
         .args(["-q", "pack"])
+        .args(options)
         .arg(&path)
         .arg("--key")
         .arg(&key)

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use crate::host::{Host, differences, stick};
+use crate::host::{Host, clean, differences, stick};
 
 #[test]
 #[ignore = "boots a host"]
@@ -27,6 +27,7 @@ fn install_deploy_switch_rollback_reboot_uninstall() {
     rollback_restarts_what_was_replaced(&host);
     two_at_once(&host);
     drift_is_shown(&host);
+    logs_are_rotated(&host);
     reboot(&host);
 
     // Without --purge the data stays, and the next install takes it up.
@@ -176,11 +177,24 @@ fn two_at_once(host: &Host) {
 fn drift_is_shown(host: &Host) {
     host.sh("docker rm -f zd-hello-green-2 >/dev/null");
     let status = host.zd(&["status"]).ok();
-    assert!(status.out.contains("zd-hello-green-2 is gone"), "{}", status.out);
+    assert!(status.out.contains("container hello green 2 is gone"), "{}", status.out);
     host.zd(&["switch"]).fails(8, "unhealthy", &["nothing was changed"]);
     assert_eq!(host.zd(&["doctor"]).code, 5);
     host.zd(&["deploy", "v2"]).ok();
     host.zd(&["doctor"]).ok();
+}
+
+fn logs_are_rotated(host: &Host) {
+    let load = host.load(200, 4, 0, &[]);
+    // Grown at once, sparse; nginx appends to it all the same.
+    host.sh("truncate -s 300M /var/log/zd/hello/access.log");
+    host.sh("systemctl start zd-logrotate.service");
+    clean(load);
+    let sizes = host.sh("cd /var/log/zd/hello && stat -c '%n %s' access.log access.log.1");
+    let sizes: Vec<u64> = sizes.lines().map(|l| l.rsplit_once(' ').unwrap().1.parse().unwrap()).collect();
+    assert!(sizes[0] > 1000 && sizes[0] < 1 << 20, "nginx writes to a new file: {sizes:?}");
+    assert!(sizes[1] > 300 << 20, "the old one is kept: {sizes:?}");
+    assert_eq!(host.sh("systemctl is-active zd-logrotate.timer"), "active\n");
 }
 
 fn reboot(host: &Host) {

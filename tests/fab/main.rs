@@ -5,5 +5,7 @@ mod host;
 
 mod bad_hosts;
 mod crash;
+mod firewall;
 mod install;
+mod nomad;
 mod traffic;

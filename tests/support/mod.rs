@@ -3,6 +3,7 @@
 
 pub mod forge;
 pub mod image;
+pub mod openpgp;
 pub mod server;
 
 use std::collections::BTreeMap;

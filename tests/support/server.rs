@@ -1,5 +1,6 @@
 //! A web server that fails on purpose, and remembers what it was asked.
 
+use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
@@ -18,6 +19,7 @@ pub enum Answer {
 
 #[derive(Clone, Debug)]
 pub struct Seen {
+    pub path: String,
     pub range: Option<String>,
     /// Bytes of the file that were sent.
     pub sent: usize,
@@ -29,7 +31,13 @@ pub struct Server {
 }
 
 impl Server {
+    /// Serves one file.
     pub fn start(file: Vec<u8>, answers: &[Answer]) -> Self {
+        Self::tree(BTreeMap::from([("recipe.bin".into(), file)]), answers)
+    }
+
+    /// Serves files by their paths; any other is a 404.
+    pub fn tree(files: BTreeMap<String, Vec<u8>>, answers: &[Answer]) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let seen = Arc::new(Mutex::new(Vec::new()));
@@ -37,14 +45,18 @@ impl Server {
         // Ends with the test program.
         std::thread::spawn(move || {
             for (i, stream) in listener.incoming().enumerate() {
-                serve(stream.unwrap(), &file, answers.get(i).copied().unwrap_or(Answer::Good), &log);
+                serve(stream.unwrap(), &files, answers.get(i).copied().unwrap_or(Answer::Good), &log);
             }
         });
         Self { address, seen }
     }
 
+    pub fn origin(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
     pub fn url(&self) -> String {
-        format!("http://{}/recipe.bin", self.address)
+        format!("{}/recipe.bin", self.origin())
     }
 
     pub fn seen(&self) -> Vec<Seen> {
@@ -52,10 +64,14 @@ impl Server {
     }
 }
 
-fn serve(mut stream: TcpStream, file: &[u8], answer: Answer, log: &Mutex<Vec<Seen>>) {
-    let mut range = None;
+fn serve(mut stream: TcpStream, files: &BTreeMap<String, Vec<u8>>, answer: Answer, log: &Mutex<Vec<Seen>>) {
+    let (mut path, mut range) = (String::new(), None);
     for line in BufReader::new(&stream).lines() {
-        let line = line.unwrap().to_ascii_lowercase();
+        let line = line.unwrap();
+        if let Some(rest) = line.strip_prefix("GET /") {
+            path = rest.split(' ').next().unwrap_or_default().to_owned();
+        }
+        let line = line.to_ascii_lowercase();
         if let Some(value) = line.strip_prefix("range:") {
             range = Some(value.trim().to_owned());
         }
@@ -63,6 +79,8 @@ fn serve(mut stream: TcpStream, file: &[u8], answer: Answer, log: &Mutex<Vec<See
             break;
         }
     }
+    let found = files.get(&path);
+    let (file, answer) = found.map_or((&[][..], Answer::Status(404)), |file| (file, answer));
     let start = range.as_deref().and_then(|r| r.strip_prefix("bytes=")?.strip_suffix('-')?.parse().ok());
     let (status, from, most) = match (answer, start) {
         (Answer::Status(code), _) => (code, file.len(), 0),
@@ -73,7 +91,7 @@ fn serve(mut stream: TcpStream, file: &[u8], answer: Answer, log: &Mutex<Vec<See
     };
     let rest = &file[from..];
     let body = &rest[..rest.len().min(most)];
-    log.lock().unwrap().push(Seen { range, sent: body.len() });
+    log.lock().unwrap().push(Seen { path, range, sent: body.len() });
     let head = format!("HTTP/1.1 {status} X\r\nContent-Length: {}\r\nConnection: close\r\n", rest.len());
     let part = format!("Content-Range: bytes {from}-{}/{}\r\n", file.len() - 1, file.len());
     let part = if status == 206 { part.as_str() } else { "" };

@@ -5,7 +5,6 @@ use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
-use sha2::{Digest as _, Sha256};
 use tempfile::NamedTempFile;
 
 use crate::error::{At, Code, Result};
@@ -96,20 +95,11 @@ impl Cache {
 }
 
 /// Digest and size of what a reader gives.
-pub fn hash(mut from: impl Read) -> std::io::Result<(Digest, u64)> {
-    let (mut sha, mut size, mut buf) = (Sha256::new(), 0, vec![0u8; 1 << 20]);
-    loop {
-        match from.read(&mut buf)? {
-            0 => return Ok((Digest::from_hash(sha.finalize().as_slice()), size)),
-            n => {
-                sha.update(&buf[..n]);
-                size += n as u64;
-            }
-        }
-    }
+pub fn hash(from: impl Read) -> std::io::Result<(Digest, u64)> {
+    Digest::of_reader(from, |_| Ok(()))
 }
 
-/// Digest, size and path of a local file that is packed from where it lies.
+/// Digest and size of a local file.
 pub fn hash_file(path: &Path) -> Result<(Digest, u64)> {
     hash(File::open(path).at(path)?).at(path)
 }

@@ -2,7 +2,10 @@
 
 pub mod apt;
 pub mod cache;
+pub mod hashicorp;
 pub mod image;
+pub mod openpgp;
+pub mod place;
 pub mod url;
 
 use std::collections::HashMap;

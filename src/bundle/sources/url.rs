@@ -1,61 +1,105 @@
-//! A file from a URL with its SHA-256: resumed after a break, retried, cached, checked.
+//! Files from a URL or a mirror. A large one comes with its SHA-256: resumed after a break, retried,
+//! cached, checked. A small one is bounded and read whole.
 
-use std::fs::{self, OpenOptions};
-use std::io::Write;
+use std::fs::{self, File, OpenOptions};
+use std::io::{ErrorKind, Read, Write};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use futures_util::StreamExt;
-use reqwest::{StatusCode, header};
+use reqwest::{StatusCode, Url, header};
 
-use super::cache::{Cache, hash_file};
-use crate::error::{At, Code, Error, Result};
+use super::cache::{Cache, hash, hash_file};
+use super::place::Place;
+use crate::error::{At, Code, Error, Result, io};
 use crate::ids::Digest;
 use crate::ui::Ui;
 
 const TRIES: u32 = 5;
 
-/// Fetches into the cache unless it is there; returns size and path.
-pub async fn fetch(
-    name: &str,
-    url: &str,
-    sum: &Digest,
-    cache: &Cache,
-    ui: &Ui,
-) -> Result<(u64, std::path::PathBuf)> {
+/// A file that must have this sum, for `says` (the manifest, a list of sums) says so.
+pub struct Wanted<'a> {
+    pub name: &'a str,
+    pub sum: &'a Digest,
+    pub says: &'a str,
+}
+
+/// Fetches into the cache unless it is there; one in a folder stays where it is. Returns size and path.
+pub async fn fetch(wanted: Wanted<'_>, place: &Place, cache: &Cache, ui: &Ui) -> Result<(u64, PathBuf)> {
+    let Wanted { name, sum, .. } = wanted;
     if let Some((path, size)) = cache.get(sum)? {
         return Ok((size, path));
     }
-    let partial = cache.dir("partial")?.join(sum.hex());
-    let client = reqwest::Client::builder()
-        .connect_timeout(Duration::from_secs(20))
-        .read_timeout(Duration::from_secs(60))
-        .build()
-        .map_err(|e| source(name, url, &chain(&e)))?;
-    let mut wait = Duration::from_millis(300);
-    for attempt in 1.. {
-        match attempt_once(name, &client, url, &partial, ui).await {
-            Ok(()) => break,
-            Err(Failure::Final(e)) => return Err(e),
-            Err(Failure::Broken(why)) if attempt < TRIES => {
-                ui.warn(format!("{name}: {why}; going on in {:.1} s", wait.as_secs_f32()));
-                tokio::time::sleep(wait).await;
-                wait *= 3;
-            }
-            Err(Failure::Broken(why)) => return Err(source(name, url, &format!("{why}, {TRIES} times"))),
+    let url = match place {
+        Place::Server(url) => url,
+        Place::Folder(path) => {
+            let file = File::open(path).map_err(|e| missing(name, place, e))?;
+            let bar = ui.bytes(name, file.metadata().map_or(0, |m| m.len()));
+            let (found, size) = hash(bar.wrap_read(file)).at(path)?;
+            bar.finish_and_clear();
+            wanted.check(place, &found)?;
+            return Ok((size, path.clone()));
         }
-    }
+    };
+    let partial = cache.dir("partial")?.join(sum.hex());
+    let client = client(name, place)?;
+    persevere(name, place, ui, async || attempt(name, &client, url, &partial, ui).await).await?;
     let (found, _) = hash_file(&partial)?;
-    if found != *sum {
+    if let Err(e) = wanted.check(place, &found) {
         fs::remove_file(&partial).at(&partial)?;
-        return Err(Code::Source
-            .err(format!("{name}: {url} has sha256 {}, the manifest says {}", found.hex(), sum.hex()))
-            .cure("find out which is right before you change the manifest: the file may have been altered"));
+        return Err(e);
     }
     let mut temp = cache.temp()?;
-    std::io::copy(&mut fs::File::open(&partial).at(&partial)?, &mut temp).at(&partial)?;
+    std::io::copy(&mut File::open(&partial).at(&partial)?, &mut temp).at(&partial)?;
     let (_, size, path) = cache.keep(temp)?;
     fs::remove_file(&partial).at(&partial)?;
     Ok((size, path))
+}
+
+impl Wanted<'_> {
+    fn check(&self, place: &Place, found: &Digest) -> Result<()> {
+        if found == self.sum {
+            return Ok(());
+        }
+        let (name, sum, says) = (self.name, self.sum.hex(), self.says);
+        Err(Code::Source.err(format!("{name}: {place} has sha256 {}, {says} says {sum}", found.hex())).cure(
+            format!("find out which is right before you change {says}: the file may have been altered"),
+        ))
+    }
+}
+
+/// A file of at most `most` bytes; None where it is not there.
+pub async fn small(name: &str, place: &Place, most: u64, ui: &Ui) -> Result<Option<Vec<u8>>> {
+    let bytes = match place {
+        Place::Folder(path) => match File::open(path) {
+            Err(e) if is_missing(&e) => return Ok(None),
+            file => {
+                let mut bytes = Vec::new();
+                file.and_then(|f| f.take(most + 1).read_to_end(&mut bytes)).at(path)?;
+                bytes
+            }
+        },
+        Place::Server(url) => {
+            let client = client(name, place)?;
+            let got = persevere(name, place, ui, async || attempt_small(name, &client, url, most).await);
+            match got.await? {
+                None => return Ok(None),
+                Some(bytes) => bytes,
+            }
+        }
+    };
+    if bytes.len() as u64 > most {
+        return Err(source(name, place, &format!("expected at most {most} bytes")));
+    }
+    Ok(Some(bytes))
+}
+
+fn client(name: &str, place: &Place) -> Result<reqwest::Client> {
+    reqwest::Client::builder()
+        .connect_timeout(Duration::from_secs(20))
+        .read_timeout(Duration::from_secs(60))
+        .build()
+        .map_err(|e| source(name, place, &chain(&e)))
 }
 
 enum Failure {
@@ -64,17 +108,40 @@ enum Failure {
     Final(Error),
 }
 
-async fn attempt_once(
+/// Tries again, with longer and longer waits, until it is done or will never be.
+async fn persevere<T>(
+    name: &str,
+    place: &Place,
+    ui: &Ui,
+    mut attempt: impl AsyncFnMut() -> Result<T, Failure>,
+) -> Result<T> {
+    let mut wait = Duration::from_millis(300);
+    let mut tries = 1;
+    loop {
+        match attempt().await {
+            Ok(done) => return Ok(done),
+            Err(Failure::Final(e)) => return Err(e),
+            Err(Failure::Broken(why)) if tries < TRIES => {
+                ui.warn(format!("{name}: {why}; going on in {:.1} s", wait.as_secs_f32()));
+                tokio::time::sleep(wait).await;
+                wait *= 3;
+                tries += 1;
+            }
+            Err(Failure::Broken(why)) => return Err(source(name, place, &format!("{why}, {TRIES} times"))),
+        }
+    }
+}
+
+async fn attempt(
     name: &str,
     client: &reqwest::Client,
-    url: &str,
-    partial: &std::path::Path,
+    url: &Url,
+    partial: &Path,
     ui: &Ui,
 ) -> Result<(), Failure> {
-    let broken = |e: reqwest::Error| Failure::Broken(chain(&e));
-    let local = |e: std::io::Error| Failure::Final(crate::error::io(partial, e));
+    let local = |e: std::io::Error| Failure::Final(io(partial, e));
     let have = fs::metadata(partial).map_or(0, |m| m.len());
-    let mut request = client.get(url);
+    let mut request = client.get(url.clone());
     if have > 0 {
         request = request.header(header::RANGE, format!("bytes={have}-"));
     }
@@ -84,10 +151,7 @@ async fn attempt_once(
         StatusCode::OK => false,
         // Everything was there already, or the file changed: the sum decides.
         StatusCode::RANGE_NOT_SATISFIABLE => return Ok(()),
-        s if s.is_server_error() || s == StatusCode::TOO_MANY_REQUESTS => {
-            return Err(Failure::Broken(format!("the server answers {s}")));
-        }
-        s => return Err(Failure::Final(source(name, url, &format!("the server answers {s}")))),
+        status => return Err(refused(name, url, status)),
     };
     let mut options = OpenOptions::new();
     let options = options.create(true).write(true).append(resumed).truncate(!resumed);
@@ -105,10 +169,60 @@ async fn attempt_once(
     Ok(())
 }
 
-fn source(name: &str, url: &str, why: &str) -> Error {
+/// Stops reading as soon as there is more than `most`.
+async fn attempt_small(
+    name: &str,
+    client: &reqwest::Client,
+    url: &Url,
+    most: u64,
+) -> Result<Option<Vec<u8>>, Failure> {
+    let answer = client.get(url.clone()).send().await.map_err(broken)?;
+    match answer.status() {
+        StatusCode::OK => {}
+        StatusCode::NOT_FOUND => return Ok(None),
+        status => return Err(refused(name, url, status)),
+    }
+    let mut bytes = Vec::new();
+    let mut body = answer.bytes_stream();
+    while let Some(chunk) = body.next().await {
+        bytes.extend_from_slice(&chunk.map_err(broken)?);
+        if bytes.len() as u64 > most {
+            break;
+        }
+    }
+    Ok(Some(bytes))
+}
+
+fn broken(e: reqwest::Error) -> Failure {
+    Failure::Broken(chain(&e))
+}
+
+fn refused(name: &str, url: &Url, status: StatusCode) -> Failure {
+    let why = format!("the server answers {status}");
+    if status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS {
+        return Failure::Broken(why);
+    }
+    Failure::Final(source(name, &Place::Server(url.clone()), &why))
+}
+
+fn source(name: &str, place: &Place, why: &str) -> Error {
     Code::Source
-        .err(format!("{name}: {url}: {why}"))
-        .cure("check the URL in the manifest and this machine's network; what was fetched is kept")
+        .err(format!("{name}: {place}: {why}"))
+        .cure("check the URL (manifest, --mirror) and this machine's network; what was fetched is kept")
+}
+
+/// A file stands where a folder of the path should be: also missing.
+fn is_missing(e: &std::io::Error) -> bool {
+    matches!(e.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory)
+}
+
+fn missing(name: &str, place: &Place, e: std::io::Error) -> Error {
+    if !is_missing(&e) {
+        return io(place.to_string(), e);
+    }
+    Code::Source
+        .err(format!("{name}: {place}: there is no such file"))
+        .cure("put it there, or correct --mirror: a mirror has each file at the path of its URL")
 }
 
 /// A library's error with its causes, which its own text leaves out.

@@ -1,0 +1,134 @@
+//! JSON over HTTP with the two APIs of the full stack, Nomad's and Consul's, both on loopback.
+
+use std::time::Duration;
+
+use reqwest::{Certificate, Client, ClientBuilder, Identity, Method, StatusCode};
+use serde::Serialize;
+use serde_json::Value;
+
+use super::paths;
+use crate::bundle::sources::url::chain;
+use crate::error::{At, Code, Error, OrCode, Result};
+
+const LIMIT: Duration = Duration::from_secs(20);
+
+pub const CONSUL: Server =
+    Server { name: "Consul", unit: "consul", base: "http://127.0.0.1:8500", header: "x-consul-token" };
+pub const NOMAD: Server =
+    Server { name: "Nomad", unit: "nomad", base: "https://127.0.0.1:4646", header: "x-nomad-token" };
+
+/// Where one of the two is, and how it is spoken to.
+#[derive(Clone, Copy)]
+pub struct Server {
+    /// For people.
+    name: &'static str,
+    unit: &'static str,
+    base: &'static str,
+    /// Header that carries the token.
+    header: &'static str,
+}
+
+pub struct Api {
+    client: Client,
+    server: Server,
+    token: Option<String>,
+}
+
+/// What an API answered; a status that is no success is not yet an error.
+pub struct Reply {
+    pub status: StatusCode,
+    pub body: String,
+}
+
+impl Api {
+    pub fn consul(token: Option<String>) -> Result<Self> {
+        Self::new(builder().tls_certs_only([]), CONSUL, token)
+    }
+
+    /// Nomad's, with both sides showing a certificate of the private CA.
+    pub fn nomad(token: Option<String>) -> Result<Self> {
+        let ca = std::fs::read(paths::CA).at(paths::CA)?;
+        let ca = Certificate::from_pem(&ca).or_code(Code::Io, paths::CA)?;
+        let mut pem = std::fs::read(paths::NOMAD_CERT).at(paths::NOMAD_CERT)?;
+        pem.extend(std::fs::read(paths::NOMAD_KEY).at(paths::NOMAD_KEY)?);
+        let identity = Identity::from_pem(&pem).or_code(Code::Io, paths::NOMAD_CERT)?;
+        Self::new(builder().tls_certs_only([ca]).identity(identity), NOMAD, token)
+    }
+
+    /// The same server at another address, without TLS: a replay of what it once answered.
+    #[cfg(test)]
+    pub fn replayed(server: Server, base: &'static str, token: Option<String>) -> Result<Self> {
+        Self::new(builder().tls_certs_only([]), Server { base, ..server }, token)
+    }
+
+    fn new(client: ClientBuilder, server: Server, token: Option<String>) -> Result<Self> {
+        let client = client.build().or_code(Code::Bug, format!("making a client for {}", server.name))?;
+        Ok(Self { client, server, token })
+    }
+
+    /// The same API, with another token.
+    pub fn with(&self, token: &str) -> Self {
+        Self { client: self.client.clone(), server: self.server, token: Some(token.to_owned()) }
+    }
+
+    pub async fn send(&self, method: Method, path: &str, body: Option<&impl Serialize>) -> Result<Reply> {
+        let mut request = self.client.request(method, format!("{}{path}", self.server.base));
+        if let Some(token) = &self.token {
+            request = request.header(self.server.header, token);
+        }
+        if let Some(body) = body {
+            request = request.json(body);
+        }
+        let answer = request.send().await.map_err(|e| self.silent(&e))?;
+        let status = answer.status();
+        let body = answer.text().await.map_err(|e| self.silent(&e))?;
+        Ok(Reply { status, body })
+    }
+
+    /// The answer's JSON; any status but success is an error. `null` where the thing is not there (404).
+    pub async fn get(&self, path: &str) -> Result<Value> {
+        let reply = self.send(Method::GET, path, None::<&()>).await?;
+        if reply.status == StatusCode::NOT_FOUND {
+            return Ok(Value::Null);
+        }
+        self.success(path, reply)
+    }
+
+    pub async fn put(&self, path: &str, body: &impl Serialize) -> Result<Value> {
+        let reply = self.send(Method::PUT, path, Some(body)).await?;
+        self.success(path, reply)
+    }
+
+    pub async fn delete(&self, path: &str) -> Result<Value> {
+        let reply = self.send(Method::DELETE, path, None::<&()>).await?;
+        self.success(path, reply)
+    }
+
+    fn success(&self, path: &str, reply: Reply) -> Result<Value> {
+        if reply.status.is_success() {
+            return Ok(serde_json::from_str(&reply.body).unwrap_or(Value::Null));
+        }
+        Err(self.refused(path, &reply))
+    }
+
+    pub fn refused(&self, path: &str, reply: &Reply) -> Error {
+        let path = path.split('?').next().unwrap_or(path);
+        Code::Stack
+            .err(format!("{} answers {path} with {}: {}", self.server.name, reply.status, reply.body.trim()))
+            .cure(format!(
+                "see `systemctl status {0}` and `journalctl -u {0}`, then run it again",
+                self.server.unit
+            ))
+    }
+
+    fn silent(&self, e: &reqwest::Error) -> Error {
+        Code::Stack.err(format!("{} does not answer: {}", self.server.name, chain(e))).cure(format!(
+            "systemctl start {0}, then journalctl -u {0}; what serves goes on serving",
+            self.server.unit
+        ))
+    }
+}
+
+fn builder() -> ClientBuilder {
+    Client::builder().no_proxy().timeout(LIMIT).connect_timeout(Duration::from_secs(2))
+}

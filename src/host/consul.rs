@@ -1,0 +1,255 @@
+//! Consul: leader, ACL, and the few keys zd keeps there. HTTP API v1 on loopback.
+
+use std::time::{Duration, Instant};
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use reqwest::{Method, StatusCode};
+use serde_json::{Value, json};
+
+use super::api::Api;
+use super::secrets::{self, Token};
+use crate::error::{Code, Result};
+
+const READY: Duration = Duration::from_secs(60);
+
+/// What each user of Consul may do (Consul ACL rules), and the token it does it with.
+fn policies(node: &str) -> [(Token, String); 4] {
+    let nodes = "node_prefix \"\" { policy = \"read\" }";
+    [
+        (Token::ConsulAgent, format!("node \"{node}\" {{ policy = \"write\" }}\n{nodes}")),
+        (
+            Token::ConsulNomad,
+            format!(
+                "agent_prefix \"\" {{ policy = \"read\" }}\n{nodes}\n\
+                 service_prefix \"\" {{ policy = \"write\" }}"
+            ),
+        ),
+        (Token::ConsulTemplate, "key_prefix \"zd/services/\" { policy = \"read\" }".into()),
+        (
+            Token::ConsulZd,
+            format!(
+                "agent_prefix \"\" {{ policy = \"read\" }}\n{nodes}\n\
+                 service_prefix \"\" {{ policy = \"read\" }}\n\
+                 key_prefix \"zd/\" {{ policy = \"write\" }}\noperator = \"read\""
+            ),
+        ),
+    ]
+}
+
+/// Leader elected, every token accepted.
+pub async fn is_ready() -> Result<bool> {
+    for (token, _) in policies("") {
+        let Ok(secret) = secrets::token(token) else { return Ok(false) };
+        if !accepts(&Api::consul(Some(secret))?).await {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// Consul knows the token that this API is asked with.
+async fn accepts(api: &Api) -> bool {
+    api.get("/v1/acl/token/self").await.is_ok_and(|token| !token.is_null())
+}
+
+/// Waits for the leader and brings the ACL about: one policy and one token for each user of Consul.
+pub async fn set_up(node: &str) -> Result<()> {
+    let api = Api::consul(Some(secrets::token(Token::ConsulManagement)?))?;
+    wait(&api).await?;
+    for (token, rules) in policies(node) {
+        ensure(&api, token, &rules, &secrets::token(token)?).await?;
+    }
+    Ok(())
+}
+
+async fn wait(api: &Api) -> Result<()> {
+    let start = Instant::now();
+    loop {
+        // The ACL system starts a moment after the leader does, and says so with a 500.
+        match api.get("/v1/acl/policies").await {
+            Ok(_) => return Ok(()),
+            Err(e) if start.elapsed() > READY => return Err(e),
+            Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
+        }
+    }
+}
+
+/// The policy with these rules, and a token that has it.
+async fn ensure(api: &Api, token: Token, rules: &str, secret: &str) -> Result<()> {
+    let name = format!("zd-{}", token.name());
+    // One that is not there is a 403.
+    let known = api.get(&format!("/v1/acl/policy/name/{name}")).await.unwrap_or(Value::Null);
+    let policy = json!({ "Name": name, "Rules": rules });
+    match known["ID"].as_str() {
+        Some(id) => api.put(&format!("/v1/acl/policy/{id}"), &policy).await?,
+        None => api.put("/v1/acl/policy", &policy).await?,
+    };
+    if accepts(&api.with(secret)).await {
+        return Ok(());
+    }
+    let token = json!({ "SecretID": secret, "Description": name, "Policies": [{ "Name": name }] });
+    api.put("/v1/acl/token", &token).await.map(drop)
+}
+
+pub fn zd() -> Result<Api> {
+    Api::consul(Some(secrets::token(Token::ConsulZd)?))
+}
+
+/// A key's value and its ModifyIndex; index 0 where it is not there. `consistent`: just after a restart
+/// the other modes answer from a log that is still being replayed, with values of the past.
+pub async fn read(api: &Api, key: &str) -> Result<(Value, u64)> {
+    let found = api.get(&format!("/v1/kv/{key}?consistent")).await?;
+    let entry = &found[0];
+    let bytes = BASE64.decode(entry["Value"].as_str().unwrap_or_default()).unwrap_or_default();
+    let value = serde_json::from_slice(&bytes).unwrap_or(Value::Null);
+    Ok((value, entry["ModifyIndex"].as_u64().unwrap_or(0)))
+}
+
+/// Writes all keys or none: each only if it is still at the index it was read at (check-and-set; 0: only
+/// if it is not there). False where somebody else was faster.
+pub async fn write(api: &Api, entries: &[(String, Value, u64)]) -> Result<bool> {
+    let operations: Vec<Value> = entries
+        .iter()
+        .map(|(key, value, index)| {
+            json!({ "KV": {
+                "Verb": "cas", "Key": key, "Index": index, "Value": BASE64.encode(format!("{value}")),
+            } })
+        })
+        .collect();
+    let reply = api.send(Method::PUT, "/v1/txn", Some(&operations)).await?;
+    match reply.status {
+        // A missing permission has the same status.
+        StatusCode::CONFLICT if reply.body.contains("index is stale") => Ok(false),
+        status if status.is_success() => Ok(true),
+        _ => Err(api.refused("/v1/txn", &reply)),
+    }
+}
+
+/// A key gets a value whatever stood there; tries again where somebody else was faster.
+pub async fn set(api: &Api, key: &str, value: &Value) -> Result<()> {
+    for _ in 0..5 {
+        let (found, index) = read(api, key).await?;
+        if found == *value || write(api, &[(key.to_owned(), value.clone(), index)]).await? {
+            return Ok(());
+        }
+    }
+    Err(Code::Stack.err(format!("Consul key {key} is changed by somebody else all the time")))
+}
+
+/// Version, of a Consul with a leader.
+pub async fn version() -> Result<String> {
+    version_of(&zd()?).await
+}
+
+async fn version_of(api: &Api) -> Result<String> {
+    // Asked first: until there is a leader no token is known.
+    if api.get("/v1/status/leader").await?.as_str().unwrap_or_default().is_empty() {
+        return Err(Code::Stack.err("Consul has no leader").cure("journalctl -u consul"));
+    }
+    let agent = api.get("/v1/agent/self").await?;
+    Ok(agent["Config"]["Version"].as_str().unwrap_or("?").to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::api::CONSUL;
+    use crate::host::replay::{Replay, UNKNOWN, secret};
+
+    const KEY: &str = "zd/services/hello/pointer";
+
+    async fn set_up_acl(recording: &str) {
+        let replay = Replay::of(&[recording]).await;
+        let api = replay.api(CONSUL, Some(Token::ConsulManagement));
+        for (token, rules) in policies("host") {
+            ensure(&api, token, &rules, &secret(token)).await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn waits_for_the_acl_system() {
+        let replay = Replay::of(&["consul-acl-starting"]).await;
+        wait(&replay.api(CONSUL, Some(Token::ConsulManagement))).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn acl_from_nothing() {
+        set_up_acl("consul-acl-first").await;
+    }
+
+    #[tokio::test]
+    async fn acl_that_is_there_is_only_brought_up_to_date() {
+        set_up_acl("consul-acl-again").await;
+    }
+
+    #[tokio::test]
+    async fn tokens() {
+        let replay = Replay::of(&["consul-token-known", "consul-token-unknown"]).await;
+        let api = replay.api(CONSUL, Some(Token::ConsulZd));
+        assert!(accepts(&api).await);
+        assert!(!accepts(&api.with(UNKNOWN)).await);
+    }
+
+    #[tokio::test]
+    async fn version_of_one_with_a_leader() {
+        let replay = Replay::of(&["consul-version"]).await;
+        assert_eq!(version_of(&replay.api(CONSUL, Some(Token::ConsulZd))).await.unwrap(), "1.8.7");
+    }
+
+    #[tokio::test]
+    async fn no_leader() {
+        let replay = Replay::of(&["consul-no-leader"]).await;
+        let e = version_of(&replay.api(CONSUL, Some(Token::ConsulZd))).await.unwrap_err();
+        assert_eq!((e.code, e.what.as_str()), (Code::Stack, "Consul has no leader"));
+    }
+
+    #[tokio::test]
+    async fn keys_are_read_with_their_index() {
+        let replay = Replay::of(&["consul-key-missing", "consul-key"]).await;
+        let api = replay.api(CONSUL, Some(Token::ConsulZd));
+        assert_eq!(read(&api, KEY).await.unwrap(), (Value::Null, 0));
+        let blue = json!({ "active": "blue", "release": "1.0.0" });
+        assert_eq!(read(&api, KEY).await.unwrap(), (blue, 22));
+    }
+
+    #[tokio::test]
+    async fn a_key_that_may_not_be_read_is_not_a_missing_one() {
+        let replay = Replay::of(&["consul-key-denied"]).await;
+        let e = read(&replay.api(CONSUL, Some(Token::ConsulTemplate)), "other").await.unwrap_err();
+        assert_eq!(e.code, Code::Stack);
+        assert_eq!(e.what, "Consul answers /v1/kv/other with 403 Forbidden: Permission denied");
+    }
+
+    #[tokio::test]
+    async fn pointer_and_record_are_written_together_or_not_at_all() {
+        let replay = Replay::of(&["consul-write", "consul-write-stale"]).await;
+        let api = replay.api(CONSUL, Some(Token::ConsulZd));
+        let entries = |active: &str, release: &str, seq: u64| {
+            let record = json!({ "seq": seq, "service": "hello" });
+            [
+                (KEY.to_owned(), json!({ "active": active, "release": release }), 22),
+                (format!("zd/audit/hello/{seq:08}"), record, 0),
+            ]
+        };
+        assert!(write(&api, &entries("green", "1.1.0", 4)).await.unwrap());
+        assert!(!write(&api, &entries("blue", "1.0.0", 5)).await.unwrap());
+    }
+
+    #[tokio::test]
+    async fn a_write_that_is_not_permitted_is_no_race() {
+        let replay = Replay::of(&["consul-write-denied"]).await;
+        let blue = json!({ "active": "blue", "release": "1.0.0" });
+        let api = replay.api(CONSUL, Some(Token::ConsulZd));
+        let e = write(&api, &[("other".into(), blue, 0)]).await.unwrap_err();
+        assert!(e.what.starts_with("Consul answers /v1/txn with 409 Conflict: "), "{}", e.what);
+        assert!(e.what.contains("Permission denied"), "{}", e.what);
+    }
+
+    #[tokio::test]
+    async fn set_tries_again_after_a_race() {
+        let replay = Replay::of(&["consul-set-raced"]).await;
+        let blue = json!({ "active": "blue", "release": "1.0.0" });
+        set(&replay.api(CONSUL, Some(Token::ConsulZd)), KEY, &blue).await.unwrap();
+    }
+}

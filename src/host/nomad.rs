@@ -1,0 +1,314 @@
+//! Nomad: ACL, node, jobs, and why an allocation fails. HTTP API v1 on loopback.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use reqwest::Method;
+use serde_json::{Value, json};
+
+use super::api::Api;
+use super::secrets::{self, Token};
+use super::{exec, fs, paths};
+use crate::error::{Code, OrCode, Result};
+
+const READY: Duration = Duration::from_secs(90);
+const EVERY: Duration = Duration::from_millis(200);
+
+pub fn connect() -> Result<Api> {
+    Api::nomad(Some(secrets::token(Token::NomadManagement)?))
+}
+
+/// What keeps Nomad from running containers, or its version.
+pub async fn version() -> Result<String> {
+    version_of(&connect()?).await
+}
+
+async fn version_of(api: &Api) -> Result<String> {
+    let bad = |what: String| Code::Stack.err(what).cure("journalctl -u nomad");
+    // A Nomad without a leader answers this with a 500.
+    let nodes = api.get("/v1/nodes").await?;
+    let node = &nodes[0];
+    if node["Status"] != "ready" || node["SchedulingEligibility"] != "eligible" {
+        return Err(bad(format!(
+            "Nomad's node is {} and {}, expected ready and eligible",
+            node["Status"].as_str().unwrap_or("not there"),
+            node["SchedulingEligibility"].as_str().unwrap_or("unknown")
+        )));
+    }
+    let docker = &node["Drivers"]["docker"];
+    if docker["Healthy"] != true {
+        let why = docker["HealthDescription"].as_str().unwrap_or("not found");
+        return Err(bad(format!("Nomad's docker driver is not healthy: {why}")));
+    }
+    Ok(node["Version"].as_str().unwrap_or("?").to_owned())
+}
+
+/// Waits for the leader, takes the ACL's first token, waits for the node and its docker driver.
+pub async fn set_up() -> Result<()> {
+    let start = Instant::now();
+    let reset_file = Path::new(paths::NOMAD_DATA).join("server/acl-bootstrap-reset");
+    let reset = |index: &str| fs::write(&reset_file, index.as_bytes(), 0o600, None);
+    while secrets::token(Token::NomadManagement).is_err() {
+        match bootstrap(&Api::nomad(None)?, reset).await {
+            Ok(secret) => secrets::keep(Token::NomadManagement, &secret)?,
+            Err(e) if start.elapsed() > READY => return Err(e),
+            Err(_) => tokio::time::sleep(EVERY).await,
+        }
+    }
+    loop {
+        match version().await {
+            Ok(_) => return Ok(()),
+            Err(e) if start.elapsed() > READY => return Err(e),
+            Err(_) => tokio::time::sleep(EVERY).await,
+        }
+    }
+}
+
+/// Nomad names the first token itself. A run that was killed between its answer and our file has lost it:
+/// then the way that Nomad provides is taken (a file with the reset index, see "Reset ACL bootstrap").
+async fn bootstrap(api: &Api, reset: impl FnOnce(&str) -> Result<()>) -> Result<String> {
+    let reply = api.send(Method::PUT, "/v1/acl/bootstrap", None::<&()>).await?;
+    if reply.status.is_success() {
+        let token: Value = serde_json::from_str(&reply.body).or_code(Code::Stack, "Nomad's first token")?;
+        let secret = token["SecretID"].as_str().ok_or_else(|| Code::Stack.err("Nomad's token is empty"))?;
+        return Ok(secret.to_owned());
+    }
+    let index = reply.body.split("reset index: ").nth(1).and_then(|rest| rest.split(')').next());
+    if let Some(index) = index {
+        reset(index)?;
+    }
+    Err(api.refused("/v1/acl/bootstrap", &reply))
+}
+
+/// The job as it is registered; None where there is none, or one that was stopped.
+pub async fn job(api: &Api, id: &str) -> Result<Option<Value>> {
+    let job = api.get(&format!("/v1/job/{id}")).await?;
+    Ok((!job.is_null() && job["Stop"] != true).then_some(job))
+}
+
+/// Whether registering `job` would change anything (Nomad's own plan of it).
+pub async fn differs(api: &Api, id: &str, job: &Value) -> Result<bool> {
+    let request = json!({ "Job": job, "Diff": true });
+    let plan = api.put(&format!("/v1/job/{id}/plan"), &request).await?;
+    Ok(is_change(&plan["Diff"]))
+}
+
+/// Whether a diff names anything that changes. Its own types do not say: Nomad 1.1 calls a task edited that
+/// is the same in every field.
+fn is_change(diff: &Value) -> bool {
+    let parts = |key: &str| diff[key].as_array().into_iter().flatten();
+    let leaf = diff.get("Old").is_some() && diff["Type"] != "None";
+    leaf || diff["Type"] == "Added"
+        || diff["Type"] == "Deleted"
+        || ["Fields", "Objects", "TaskGroups", "Tasks"].iter().any(|key| parts(key).any(is_change))
+}
+
+pub async fn register(api: &Api, job: &Value) -> Result<()> {
+    api.put("/v1/jobs", &json!({ "Job": job })).await.map(drop)
+}
+
+/// Stops a job for good; its containers go.
+pub async fn purge(api: &Api, id: &str) -> Result<()> {
+    if api.get(&format!("/v1/job/{id}")).await?.is_null() {
+        return Ok(());
+    }
+    api.delete(&format!("/v1/job/{id}?purge=true")).await.map(drop)
+}
+
+/// Allocations that are done let go of their folders and mounts.
+pub async fn collect_garbage(api: &Api) -> Result<()> {
+    api.put("/v1/system/gc", &json!({})).await.map(drop)
+}
+
+/// A task that failed this often will not become healthy by waiting.
+const RESTARTS: u64 = 3;
+
+/// The job's live allocations.
+async fn allocations(api: &Api, id: &str) -> Result<Vec<Value>> {
+    let all = api.get(&format!("/v1/job/{id}/allocations")).await?;
+    let all = all.as_array().cloned().unwrap_or_default();
+    Ok(all.into_iter().filter(|a| a["DesiredStatus"] == "run").collect())
+}
+
+fn tasks(allocation: &Value) -> impl Iterator<Item = (&String, &Value)> {
+    allocation["TaskStates"].as_object().into_iter().flatten()
+}
+
+/// Some task keeps ending.
+pub async fn keeps_ending(api: &Api, id: &str) -> bool {
+    let Ok(allocations) = allocations(api, id).await else { return false };
+    let restarts = allocations.iter().flat_map(tasks).filter_map(|(_, task)| task["Restarts"].as_u64());
+    restarts.max() >= Some(RESTARTS)
+}
+
+/// What the job's allocations went through and last wrote, for people.
+pub async fn explain(api: &Api, id: &str) -> String {
+    let allocations = match allocations(api, id).await {
+        Ok(allocations) => allocations,
+        Err(e) => return format!("\n  {}", e.what),
+    };
+    let mut out = String::new();
+    for allocation in &allocations {
+        for (task, state) in tasks(allocation) {
+            let events = state["Events"].as_array().into_iter().flatten();
+            let events: Vec<&str> = events.filter_map(|e| e["DisplayMessage"].as_str()).collect();
+            let last = &events[events.len().saturating_sub(3)..];
+            let name = allocation["Name"].as_str().unwrap_or("?");
+            out.push_str(&format!("\n  {name}: {}", last.join("; ")));
+            let alloc = allocation["ID"].as_str().unwrap_or_default();
+            for kind in ["stdout", "stderr"] {
+                let path = format!(
+                    "/v1/client/fs/logs/{alloc}?task={task}&type={kind}&plain=true&origin=end&offset=2000"
+                );
+                if let Ok(reply) = api.send(Method::GET, &path, None::<&()>).await
+                    && reply.status.is_success()
+                    && !reply.body.trim().is_empty()
+                {
+                    out.push_str(&format!("\n  its last lines: {}", exec::last_lines(&reply.body, 5)));
+                }
+            }
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::api::NOMAD;
+    use crate::host::replay::{Replay, UNKNOWN};
+
+    async fn replay(recordings: &[&str]) -> (Replay, Api) {
+        let replay = Replay::of(recordings).await;
+        let api = replay.api(NOMAD, Some(Token::NomadManagement));
+        (replay, api)
+    }
+
+    #[tokio::test]
+    async fn the_first_token() {
+        let replay = Replay::of(&["nomad-bootstrap-no-leader", "nomad-bootstrap"]).await;
+        let api = replay.api(NOMAD, None);
+        let reset = |index: &str| panic!("reset to {index}");
+        let e = bootstrap(&api, reset).await.unwrap_err();
+        assert!(e.what.ends_with("500 Internal Server Error: No cluster leader"), "{}", e.what);
+        assert_eq!(bootstrap(&api, reset).await.unwrap(), "00000000-0000-4000-8000-000000000007");
+    }
+
+    #[tokio::test]
+    async fn a_first_token_that_was_lost_is_made_again() {
+        let replay = Replay::of(&["nomad-bootstrap-lost"]).await;
+        let api = replay.api(NOMAD, None);
+        let mut written = String::new();
+        let reset = |index: &str| {
+            written = index.to_owned();
+            Ok(())
+        };
+        assert!(bootstrap(&api, reset).await.is_err());
+        assert_eq!(written, "8");
+        let unused = |_: &str| panic!("reset again");
+        assert_eq!(bootstrap(&api, unused).await.unwrap(), "00000000-0000-4000-8000-000000000006");
+    }
+
+    #[tokio::test]
+    async fn a_node_that_runs_containers() {
+        let (_replay, api) = replay(&["nomad-ready"]).await;
+        assert_eq!(version_of(&api).await.unwrap(), "1.1.3");
+    }
+
+    #[tokio::test]
+    async fn nodes_that_do_not() {
+        let (_replay, api) = replay(&["nomad-starting", "nomad-docker-unhealthy"]).await;
+        let starting = version_of(&api).await.unwrap_err();
+        assert_eq!(starting.what, "Nomad's node is initializing and eligible, expected ready and eligible");
+        let unhealthy = version_of(&api).await.unwrap_err();
+        assert_eq!(
+            unhealthy.what,
+            "Nomad's docker driver is not healthy: Failed to connect to docker daemon"
+        );
+    }
+
+    #[tokio::test]
+    async fn no_leader_and_no_known_token() {
+        let (_replay, api) = replay(&["nomad-no-leader", "nomad-token-unknown"]).await;
+        let api = api.with(UNKNOWN);
+        for said in ["500 Internal Server Error: No cluster leader", "403 Forbidden: ACL token not found"] {
+            let e = version_of(&api).await.unwrap_err();
+            assert_eq!((e.code, e.what), (Code::Stack, format!("Nomad answers /v1/nodes with {said}")));
+        }
+    }
+
+    #[tokio::test]
+    async fn a_nomad_that_does_not_answer() {
+        // A port that was free a moment ago.
+        let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let api = Api::replayed(NOMAD, format!("http://{free}").leak(), None).unwrap();
+        let e = version_of(&api).await.unwrap_err();
+        assert_eq!(e.code, Code::Stack);
+        assert!(e.what.starts_with("Nomad does not answer: "), "{}", e.what);
+        assert!(e.cure.unwrap().starts_with("systemctl start nomad, "));
+        assert!(!keeps_ending(&api, "hello-green").await);
+        assert!(explain(&api, "hello-green").await.starts_with("\n  Nomad does not answer: "));
+    }
+
+    #[tokio::test]
+    async fn jobs_that_run_and_that_do_not() {
+        let (_replay, api) = replay(&["nomad-job", "nomad-job-missing", "nomad-job-stopped"]).await;
+        let found = job(&api, "hello-blue").await.unwrap().unwrap();
+        assert_eq!(found["Meta"]["zd_version"], "1.0.0");
+        assert_eq!(job(&api, "hello-blue").await.unwrap(), None);
+        assert_eq!(job(&api, "hello-blue").await.unwrap(), None);
+    }
+
+    #[tokio::test]
+    async fn plans() {
+        for (recording, id, expected) in [
+            ("nomad-plan-new", "hello-blue", true),
+            // Its types say `Edited`, but no field differs.
+            ("nomad-plan-same", "hello-green", false),
+            ("nomad-plan-changed", "hello-blue", true),
+        ] {
+            let (replay, api) = replay(&[recording]).await;
+            let job = replay.next_body()["Job"].clone();
+            assert_eq!(differs(&api, id, &job).await.unwrap(), expected, "{recording}");
+        }
+    }
+
+    #[tokio::test]
+    async fn register_purge_and_collect() {
+        let (replay, api) = replay(&["nomad-register", "nomad-purge", "nomad-job-missing", "nomad-gc"]).await;
+        let job = replay.next_body()["Job"].clone();
+        register(&api, &job).await.unwrap();
+        purge(&api, "hello-green").await.unwrap();
+        purge(&api, "hello-blue").await.unwrap();
+        collect_garbage(&api).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn only_live_tasks_that_were_restarted_often_keep_ending() {
+        for (recording, expected) in [
+            ("nomad-allocations-young", false),
+            ("nomad-allocations-dying", true),
+            // It ended as often, and is to be stopped by now.
+            ("nomad-allocations-purged", false),
+        ] {
+            let (_replay, api) = replay(&[recording]).await;
+            assert_eq!(keeps_ending(&api, "hello-green").await, expected, "{recording}");
+        }
+    }
+
+    #[tokio::test]
+    async fn events_and_last_lines_explain() {
+        let (_replay, api) = replay(&["nomad-allocations-dying", "nomad-logs"]).await;
+        let lines: Vec<_> = explain(&api, "hello-green").await.lines().map(str::to_owned).collect();
+        assert_eq!(
+            lines,
+            [
+                "",
+                "  hello-green.1[0]: Task started by client; Exit Code: 1; Task restarting in 1.186100897s",
+                "  its last lines: starting | starting | starting | starting",
+                "  its last lines: no database | no database | no database | no database",
+            ]
+        );
+    }
+}

@@ -1,0 +1,104 @@
+//! What fills a slot: here the engines differ. Beside it there is only what the full stack has more of.
+
+use serde_json::{Value, json};
+
+use super::Step;
+use crate::assets;
+use crate::bundle::manifest::{Engine, ImageRef, Service};
+use crate::error::Result;
+use crate::host::config::Installed;
+use crate::host::docker::{Container, parked};
+use crate::host::paths;
+use crate::ids::{Digest, Slot};
+
+/// Megabytes that Nomad counts for a container where the manifest sets no limit, and a limit that is none.
+const MEMORY_MB: u32 = 256;
+const NO_LIMIT_MB: u32 = 1 << 20;
+
+/// Steps that make a slot run one image and record it.
+pub fn fill(
+    installed: &Installed,
+    service: &Service,
+    slot: Slot,
+    reference: &ImageRef,
+    digest: &Digest,
+) -> Result<Vec<Step>> {
+    let name = &service.name;
+    let mut steps: Vec<Step> = match installed.lock.engine {
+        Engine::Docker => {
+            containers(installed, service, slot, reference, digest).map(Step::Container).collect()
+        }
+        Engine::Nomad => {
+            let job = job(installed, service, slot, reference, digest)?;
+            vec![Step::Job { service: name.clone(), slot, job }]
+        }
+    };
+    steps.push(Step::Healthy { service: name.clone(), slot });
+    steps.push(Step::Record {
+        service: name.clone(),
+        slot,
+        version: reference.version.clone(),
+        digest: digest.clone(),
+    });
+    Ok(steps)
+}
+
+/// What is kept of the content before until the new one is healthy; Nomad keeps nothing beside a job.
+pub fn retire(installed: &Installed, service: &Service, slot: Slot) -> Option<Step> {
+    let parked = |i| parked(&paths::container(&service.name, slot, i));
+    match installed.lock.engine {
+        Engine::Docker => Some(Step::Retire { containers: (1..=service.instances).map(parked).collect() }),
+        Engine::Nomad => None,
+    }
+}
+
+fn containers(
+    installed: &Installed,
+    service: &Service,
+    slot: Slot,
+    reference: &ImageRef,
+    digest: &Digest,
+) -> impl Iterator<Item = Container> {
+    let index = installed.index(&service.name);
+    (1..=service.instances).map(move |instance| Container {
+        name: paths::container(&service.name, slot, instance),
+        service: service.name.clone(),
+        slot,
+        instance,
+        version: reference.version.clone(),
+        image: installed.host.image(&reference.name, digest),
+        digest: digest.clone(),
+        ip: installed.host.address(index, slot, instance),
+        env: service.env.iter().map(|(k, v)| format!("{k}={v}")).collect(),
+        memory: i64::from(service.memory_mb) << 20,
+    })
+}
+
+/// A slot's job, with one group for each instance: each has an address of its own.
+pub fn job(
+    installed: &Installed,
+    service: &Service,
+    slot: Slot,
+    reference: &ImageRef,
+    digest: &Digest,
+) -> Result<Value> {
+    let index = installed.index(&service.name);
+    let instances = (1..=service.instances)
+        .map(|number| json!({ "number": number, "ip": installed.host.address(index, slot, number) }));
+    let variables = json!({
+        "id": paths::job(&service.name, slot),
+        "service": service.name,
+        "slot": slot,
+        "version": reference.version,
+        "digest": digest,
+        "generation": installed.host.generation,
+        "image": installed.host.image(&reference.name, digest),
+        "instances": instances.collect::<Vec<_>>(),
+        "env": service.env,
+        "port": service.port,
+        "health": service.health,
+        "memory_mb": if service.memory_mb == 0 { MEMORY_MB } else { service.memory_mb },
+        "memory_limit_mb": if service.memory_mb == 0 { NO_LIMIT_MB } else { service.memory_mb },
+    });
+    assets::json("job.json", assets::JOB, variables)
+}

@@ -1,0 +1,91 @@
+//! Ports opened in a host's own firewall: ufw, firewalld and nftables, each the real one.
+
+use std::net::TcpStream;
+use std::time::{Duration, Instant};
+
+use crate::host::{Host, SERVICE, pack_with};
+
+const RULES: &str = "flush ruleset
+table inet filter {
+    chain input {
+        type filter hook input priority filter; policy drop;
+        ct state established,related accept
+        iif lo accept
+        icmp type echo-request accept
+    }
+}
+";
+
+#[test]
+#[ignore = "boots a host"]
+fn ports_are_opened_in_each_kind_of_firewall() {
+    let stick = pack_with("firewalls", &["ufw", "firewalld", "nftables"], SERVICE);
+    let host = Host::bare("firewall", &stick);
+    // It would start with its package, and throw away the rules that dockerd has just made.
+    host.sh("systemctl mask --quiet firewalld");
+    host.run(&["/stick/zd", "-q", "install"]).ok();
+    host.sh("systemctl unmask --quiet firewalld");
+    assert!(reachable(&host));
+
+    host.sh("ufw --force enable");
+    opened(&host, "ufw");
+    assert!(host.sh("ufw status").contains("80/tcp"), "told to ufw, so that it lasts");
+    host.sh("ufw --force disable");
+
+    host.sh("systemctl start firewalld");
+    opened(&host, "firewalld");
+    host.sh("firewall-cmd --reload");
+    assert!(becomes(&host, true), "lasts over a reload");
+    host.sh("systemctl stop firewalld");
+
+    host.sh(&format!("printf '{}' >/etc/nftables.conf", RULES.replace('\n', "\\n")));
+    host.sh("systemctl enable --quiet --now nftables");
+    opened(&host, "nftables");
+    for change in ["reload", "restart"] {
+        host.sh(&format!("systemctl {change} nftables"));
+        assert!(becomes(&host, true), "lasts over a {change}");
+    }
+    host.restart();
+    let again = host.run(&["/stick/zd", "install", "--open-firewall", "--json"]).ok().json();
+    assert_eq!(again["changed"], 0, "lasts over a boot: {again}");
+    assert!(reachable(&host));
+
+    host.sh("systemctl stop zd-firewall");
+    assert!(!host.sh("nft list ruleset").contains("zd 80"), "what was opened is closed again");
+
+    // Also in firewalls that do not run.
+    host.zd(&["uninstall", "--yes"]).ok();
+    assert!(!host.sh("systemctl is-enabled zd-firewall 2>&1 || true").contains("enabled"));
+}
+
+/// The port is shut, zd says so, opens it when told, and only once.
+fn opened(host: &Host, kind: &str) {
+    assert!(becomes(host, false), "{kind} keeps clients out");
+    let told = host.run(&["/stick/zd", "install"]).ok();
+    assert!(told.err.contains(&format!("{kind} is active; clients need tcp 80")), "{}", told.err);
+    assert!(told.err.contains("--open-firewall"), "{}", told.err);
+    assert!(!reachable(host), "zd opens nothing unasked");
+    let opened = host.run(&["/stick/zd", "install", "--open-firewall", "--json"]).ok().json();
+    assert!(opened["changed"].as_u64() > Some(0), "{opened}");
+    assert!(becomes(host, true), "{kind} lets clients in");
+    let again = host.run(&["/stick/zd", "install", "--open-firewall", "--json"]).ok().json();
+    assert_eq!(again["changed"], 0, "{kind}: {again}");
+}
+
+/// firewalld is not yet, or no more, at work when its command has returned.
+fn becomes(host: &Host, wanted: bool) -> bool {
+    let start = Instant::now();
+    while reachable(host) != wanted {
+        if start.elapsed().as_secs() > 20 {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    true
+}
+
+/// From another machine.
+fn reachable(host: &Host) -> bool {
+    let address = format!("{}:80", host.ip).parse().expect("an address");
+    TcpStream::connect_timeout(&address, Duration::from_secs(1)).is_ok()
+}

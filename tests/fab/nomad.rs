@@ -1,0 +1,234 @@
+//! The full stack: the real Nomad, Consul and consul-template on a booted host.
+
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use crate::host::{Host, SERVICE, clean, differences, pack_nomad};
+
+fn drift(host: &Host) -> Value {
+    host.zd(&["status", "--json"]).ok().json()["drift"].clone()
+}
+
+/// Waits until everything is as recorded.
+fn settles(host: &Host, within: Duration) {
+    let start = Instant::now();
+    while drift(host).as_array().map(Vec::len) != Some(0) {
+        assert!(start.elapsed() < within, "{}", drift(host));
+        std::thread::sleep(Duration::from_millis(500));
+    }
+}
+
+#[test]
+#[ignore = "boots a host"]
+fn full_stack() {
+    let Some(stick) = pack_nomad("stack", SERVICE) else { return };
+    let host = Host::bare("stack", &stick);
+    let before = host.picture();
+
+    let start = Instant::now();
+    let first = host.run(&["/stick/zd", "install", "--ip", "auto"]).ok();
+    println!("nomad engine: installed in {:.1} s", start.elapsed().as_secs_f32());
+    assert!(first.out.contains("serving"), "{}", first.out);
+    settles(&host, Duration::from_secs(5));
+
+    again_changes_nothing(&host);
+    secured(&host);
+    deploys(&host);
+    bad_versions(&host);
+    drift_is_shown(&host);
+    pools_are_checked(&host);
+    logs_and_support(&host);
+    without_consul_and_nomad(&host);
+    killed(&host);
+    reboot(&host);
+
+    host.zd(&["uninstall", "--purge", "--yes"]).ok();
+    assert_eq!(differences(&before, &host.picture()), "", "as it was before");
+}
+
+fn again_changes_nothing(host: &Host) {
+    let containers = host.containers();
+    assert_eq!(containers.lines().count(), 4);
+    let start = Instant::now();
+    let again = host.run(&["/stick/zd", "install", "--ip", "auto", "--json"]).ok().json();
+    assert!(start.elapsed().as_secs_f64() < 5.0, "took {:?}", start.elapsed());
+    assert_eq!(again["changed"], 0, "{again}");
+    assert_eq!(host.containers(), containers);
+}
+
+fn secured(host: &Host) {
+    for unit in ["consul", "nomad", "consul-template", "zd-registry", "zd-nginx@hello"] {
+        let exposure = host.sh(&format!("systemd-analyze security --no-pager {unit}.service | tail -1"));
+        let number: f32 = exposure.split_whitespace().find_map(|w| w.parse().ok()).expect("a number");
+        assert!(number <= 4.0, "{unit}: {exposure}");
+    }
+    for (unit, user) in [("consul", "zd-consul"), ("consul-template", "zd-consul-template")] {
+        assert_eq!(host.sh(&format!("ps -o user:32= -C {unit}")).trim(), user);
+    }
+    // Without a token nothing is told; without a certificate Nomad does not even listen.
+    let status = |url: &str| {
+        host.sh(&format!("zd loadtest {url} --rate 1 --duration 1s --json | tr -d ' \\n' || true"))
+    };
+    assert!(status("http://127.0.0.1:8500/v1/agent/self").contains("status-403"));
+    // Beyond loopback only the registry and the service's two entries listen.
+    let ports =
+        host.sh("ss -Hltn | awk '{print $4}' | grep -v '^127\\.' | sed 's/.*://' | sort -un | tr '\\n' ' '");
+    assert_eq!(ports.trim(), "80 5443 8081", "{}", host.sh("ss -ltnp"));
+    for token in ["consul-management", "consul-zd", "nomad-management"] {
+        let path = format!("/etc/zd/secrets/{token}");
+        assert_eq!(host.sh(&format!("stat -c '%a %U' {path}")), "600 root\n");
+        let secret = host.sh(&format!("cat {path}"));
+        let found = host.sh(&format!(
+            "grep -rlF -- '{secret}' /var/log /var/lib/zd/receipts /etc/systemd /run/log 2>/dev/null; \
+             journalctl --no-pager | grep -cF -- '{secret}' || true"
+        ));
+        assert_eq!(found.trim(), "0", "{token}");
+    }
+}
+
+fn deploys(host: &Host) {
+    let blue = |all: &str| {
+        let slots = host.sh("docker ps -q -f label=zd.slot=blue --no-trunc");
+        all.lines().filter(|l| slots.lines().any(|id| l.contains(id))).map(str::to_owned).collect::<Vec<_>>()
+    };
+    let before = blue(&host.containers());
+    assert_eq!(before.len(), 2);
+    let load = host.load(1000, 10, 0, &["--mode", "mixed", "--method", "mixed"]);
+    let report = host.zd(&["deploy", "v2", "--reason", "ticket 1", "--json"]).ok().json();
+    assert_eq!((&report["slot"], &report["changed"]), (&"green".into(), &true.into()));
+    assert_eq!(blue(&host.containers()), before, "same ids, same start times");
+    clean(load);
+    let load = host.load(1000, 12, 3, &["--mode", "mixed", "--method", "mixed"]);
+    std::thread::sleep(Duration::from_secs(2));
+    host.zd(&["switch", "--reason", "ticket 2"]).ok();
+    std::thread::sleep(Duration::from_secs(2));
+    host.zd(&["switch"]).ok();
+    std::thread::sleep(Duration::from_secs(2));
+    let back = host.zd(&["rollback", "--json"]).ok().json();
+    assert_eq!(back["to"]["version"], "v2");
+    clean(load);
+    settles(host, Duration::from_secs(5));
+    let token = "$(cat /etc/zd/secrets/consul-zd)";
+    let key =
+        |k: &str| host.sh(&format!("CONSUL_HTTP_TOKEN={token} /opt/zd/generations/1/bin/consul kv get {k}"));
+    assert!(key("zd/services/hello/pointer").contains("\"active\":\"green\""));
+    assert!(key("-recurse zd/audit/hello/").contains("ticket 2"));
+    host.zd(&["switch", "--to", "blue"]).ok();
+}
+
+/// Images that never become healthy, one after the other, under load: the active slot does not notice.
+fn bad_versions(host: &Host) {
+    let active = host.sh("docker ps -q -f label=zd.slot=blue --no-trunc | sort");
+    let load = host.load(500, 40, 0, &["--mode", "mixed"]);
+    host.zd(&["deploy", "sick"]).fails(8, "unhealthy", &["green", "status 503"]);
+    host.zd(&["deploy", "dies"]).fails(8, "unhealthy", &["green"]);
+    clean(load);
+    assert_eq!(host.sh("docker ps -q -f label=zd.slot=blue --no-trunc | sort"), active);
+    settles(host, Duration::from_secs(10));
+    assert_eq!(host.zd(&["status", "--json"]).ok().json()["services"][0]["slots"][1]["version"], "v2");
+}
+
+fn drift_is_shown(host: &Host) {
+    let token = "$(cat /etc/zd/secrets/consul-zd)";
+    let consul = format!("CONSUL_HTTP_TOKEN={token} /opt/zd/generations/1/bin/consul");
+    host.sh(&format!("{consul} kv put zd/services/hello/pointer '{{\"active\":\"green\"}}'"));
+    assert!(drift(host).to_string().contains("says green, this host serves blue"), "{}", drift(host));
+    host.zd(&["switch", "--to", "blue"]).ok();
+    settles(host, Duration::from_secs(5));
+
+    let nomad = "NOMAD_ADDR=https://127.0.0.1:4646 NOMAD_CACERT=/etc/zd/tls/ca.crt \
+                 NOMAD_CLIENT_CERT=/etc/zd/tls/nomad.crt NOMAD_CLIENT_KEY=/etc/zd/tls/nomad.key \
+                 NOMAD_TOKEN=$(cat /etc/zd/secrets/nomad-management) /opt/zd/generations/1/bin/nomad";
+    host.sh(&format!("{nomad} job stop -detach hello-green >/dev/null"));
+    assert!(drift(host).to_string().contains("Nomad job hello-green"), "{}", drift(host));
+    host.zd(&["deploy", "v2"]).ok();
+    settles(host, Duration::from_secs(10));
+}
+
+/// Somebody edits the pools in Consul: nginx loads what is good, and keeps what it has where it is not.
+fn pools_are_checked(host: &Host) {
+    let consul = "CONSUL_HTTP_TOKEN=$(cat /etc/zd/secrets/consul-zd) /opt/zd/generations/1/bin/consul";
+    let put = |edit: &str| {
+        host.sh(&format!(
+            "{consul} kv get zd/services/hello/pools | sed '{edit}' >/tmp/pools; \
+             {consul} kv put zd/services/hello/pools @/tmp/pools; rm /tmp/pools"
+        ));
+    };
+    let reloaded = |outcome: &str| {
+        let start = Instant::now();
+        while !host.zd(&["history"]).ok().out.contains(outcome) {
+            assert!(start.elapsed().as_secs() < 30, "no {outcome}");
+            std::thread::sleep(Duration::from_millis(500));
+        }
+    };
+    put("s/\"weight\":1/\"weight\":2/g");
+    reloaded("reload done");
+    assert!(host.sh("cat /etc/zd/nginx/hello.pools").contains("weight=2"));
+    assert!(drift(host).to_string().contains("zd/services/hello/pools"), "{}", drift(host));
+    put("s/172[.]/no such host /g");
+    reloaded("reload failed");
+    host.sh("systemctl restart zd-nginx@hello");
+    clean(host.load(100, 1, 0, &[]));
+    host.run(&["/stick/zd", "-q", "install"]).ok();
+    settles(host, Duration::from_secs(10));
+}
+
+fn logs_and_support(host: &Host) {
+    for part in ["nomad", "consul", "consul-template", "registry", "docker", "access", "audit"] {
+        assert!(!host.zd(&["logs", part, "-n", "5"]).ok().out.is_empty(), "{part}");
+    }
+    assert!(host.zd(&["logs", "green"]).ok().out.contains("listens on"));
+    host.zd(&["logs", "grean"]).fails(2, "usage", &["blue, green", "consul-template"]);
+    let report = host.zd(&["support", "--out", "/tmp/s.tar.gz", "--json"]).ok().json();
+    assert!(report["bytes"].as_u64().unwrap() < 50 << 20, "{report}");
+    host.sh("mkdir /tmp/s && tar xzf /tmp/s.tar.gz -C /tmp/s");
+    assert!(host.sh("cat /tmp/s/zd-support/status.json").contains("\"active\""));
+    assert!(!host.sh("cat /tmp/s/zd-support/commands/journal-nomad.txt").is_empty());
+    let secrets = "/etc/zd/secrets/consul-* /etc/zd/secrets/nomad-* /etc/zd/registry/password";
+    let leaks = host.sh(&format!("for f in {secrets}; do grep -rlF -- \"$(cat $f)\" /tmp/s || true; done"));
+    assert_eq!(leaks, "", "no secret is in it");
+    assert_eq!(host.sh("grep -rl 'PRIVATE KEY' /tmp/s || true"), "");
+    host.sh("rm -r /tmp/s /tmp/s.tar.gz");
+}
+
+/// Traffic and switches need neither.
+fn without_consul_and_nomad(host: &Host) {
+    let containers = host.containers();
+    host.sh("systemctl stop nomad consul");
+    let load = host.load(500, 8, 1, &["--mode", "mixed"]);
+    std::thread::sleep(Duration::from_secs(2));
+    let switched = host.zd(&["switch", "--to", "green"]).ok();
+    assert!(switched.err.contains("it is told when it is back"), "{}", switched.err);
+    assert!(drift(host).to_string().contains("Consul does not answer"), "{}", drift(host));
+    clean(load);
+    host.sh("systemctl start consul nomad");
+    settles(host, Duration::from_secs(60));
+    assert_eq!(host.containers(), containers, "nothing was restarted");
+    host.zd(&["switch", "--to", "blue"]).ok();
+}
+
+fn killed(host: &Host) {
+    let containers = host.containers();
+    let load = host.load(500, 15, 0, &["--mode", "mixed"]);
+    host.sh(
+        "systemctl kill -s KILL nomad consul consul-template; sleep 2; systemctl stop docker.socket docker",
+    );
+    std::thread::sleep(Duration::from_secs(3));
+    host.sh("systemctl start docker.socket docker");
+    clean(load);
+    settles(host, Duration::from_secs(60));
+    assert_eq!(host.containers(), containers, "nothing was restarted");
+}
+
+fn reboot(host: &Host) {
+    let start = Instant::now();
+    host.restart();
+    let url = format!("http://{}/hello", host.ip);
+    while host.run(&["zd", "loadtest", &url, "--rate", "20", "--duration", "1s"]).code != 0 {
+        assert!(start.elapsed().as_secs() < 120, "does not serve after a reboot");
+        std::thread::sleep(Duration::from_millis(500));
+    }
+    println!("nomad engine: serving {:.1} s after a boot", start.elapsed().as_secs_f32());
+    settles(host, Duration::from_secs(60));
+}
