@@ -26,9 +26,28 @@ pub fn duration(s: &str) -> Result<Duration, String> {
     if s.is_empty() { Err(wrong()) } else { Ok(total) }
 }
 
+/// A span of time in its largest unit, rounded down: `40s`, `5m`, `7h`, `12d`.
+pub fn rough(span: Duration) -> String {
+    let seconds = span.as_secs();
+    let (each, unit) = match seconds {
+        0..60 => (1, "s"),
+        60..3_600 => (60, "m"),
+        3_600..86_400 => (3_600, "h"),
+        _ => (86_400, "d"),
+    };
+    format!("{}{unit}", seconds / each)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn rough_spans() {
+        for (seconds, text) in [(0, "0s"), (59, "59s"), (60, "1m"), (7199, "1h"), (90_000, "1d")] {
+            assert_eq!(rough(Duration::from_secs(seconds)), text);
+        }
+    }
 
     #[test]
     fn durations() {

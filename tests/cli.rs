@@ -7,7 +7,7 @@ use std::path::Path;
 use assert_cmd::Command;
 use support::*;
 
-const VERBS: [&str; 18] = [
+const VERBS: [&str; 20] = [
     "keygen",
     "pack",
     "inspect",
@@ -18,6 +18,8 @@ const VERBS: [&str; 18] = [
     "deploy",
     "switch",
     "rollback",
+    "scale",
+    "secrets",
     "history",
     "logs",
     "support",

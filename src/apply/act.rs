@@ -12,14 +12,15 @@ use super::check::{coming, registry};
 use crate::audit;
 use crate::bundle::Bundle;
 use crate::error::{At, Code, Result};
-use crate::host::docker::Docker;
+use crate::host::config::Installed;
+use crate::host::docker::{Docker, Found};
 use crate::host::registry::Registry;
-use crate::host::{Host, consul, exec, fs as hostfs, nomad, packages, paths, systemd};
+use crate::host::{Host, consul, exec, fs as hostfs, nginx, nomad, packages, paths, systemd, until};
 use crate::ids::{Digest, Name, Slot};
 use crate::plan::Step;
 use crate::service::pointer::{self, Pointer};
 use crate::service::state::{Filled, State};
-use crate::service::{health, switch};
+use crate::service::{health, reload, switch};
 
 /// Name of a file whose bytes are not checked yet.
 const UNFINISHED: &str = ".zd-unfinished";
@@ -27,6 +28,7 @@ const UNFINISHED: &str = ".zd-unfinished";
 const STOPPED: Duration = Duration::from_secs(30);
 /// How long the registry, consul-template and nginx may take to answer after their units have started.
 const READY: Duration = Duration::from_secs(30);
+const EVERY: Duration = Duration::from_millis(50);
 
 pub async fn act(step: &Step, host: &Host<'_>) -> Result<()> {
     match step {
@@ -97,6 +99,14 @@ pub async fn act(step: &Step, host: &Host<'_>) -> Result<()> {
             rendered(&path).await?;
             hostfs::write(&paths::nginx_pools(service), &std::fs::read(&path).at(&path)?, 0o644, None)
         }
+        Step::LoadPools { service } => load_pools(&coming(host)?, service).await,
+        Step::Gate { service, text } => load_gate(service, text).await,
+        Step::Instances { service, instances } => {
+            let mut state = State::read(service)?;
+            state.instances = Some(*instances);
+            state.write(service)
+        }
+        Step::Resize { service, slot, job } => resize_job(service, *slot, job).await,
         Step::Key { key, value } => consul::set(&consul::zd()?, key, value).await,
         Step::Job { service, slot, job } => place_job(service, *slot, job).await,
         Step::RegistryReady => Registry::ready(&coming(host)?.host, READY).await,
@@ -179,31 +189,64 @@ pub async fn place_job(service: &Name, slot: Slot, job: &Value) -> Result<()> {
     nomad::register(&nomad::connect()?, job).await
 }
 
+/// Registers a job over itself and waits until the containers that are too many are gone.
+pub async fn resize_job(service: &Name, slot: Slot, job: &Value) -> Result<()> {
+    nomad::register(&nomad::connect()?, job).await?;
+    let groups = job["TaskGroups"].as_array().map_or(0, Vec::len);
+    gone(service, slot, |container| usize::from(container.instance) > groups).await
+}
+
 /// Stops a slot's job and waits until its containers, and so their addresses, are free.
 pub async fn clear_job(service: &Name, slot: Slot) -> Result<()> {
     nomad::purge(&nomad::connect()?, &paths::job(service, slot)).await?;
+    gone(service, slot, |_| true).await
+}
+
+/// Waits until Nomad has stopped such containers of a slot; those it does not get rid of are removed.
+async fn gone(service: &Name, slot: Slot, such: impl Fn(&Found) -> bool) -> Result<()> {
     let docker = Docker::connect().await?;
     let start = Instant::now();
-    while !docker.of_slot(service, slot).await?.is_empty() {
+    loop {
+        let left: Vec<Found> = docker.of_slot(service, slot).await?.into_iter().filter(&such).collect();
+        if left.is_empty() {
+            return Ok(());
+        }
         if start.elapsed() > STOPPED {
-            return docker.clear_slot(service, slot).await;
+            for container in left {
+                docker.remove(&container.name).await?;
+            }
+            return Ok(());
         }
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
-    Ok(())
 }
 
 async fn rendered(path: &Path) -> Result<()> {
-    let start = Instant::now();
-    while !path.exists() {
-        if start.elapsed() > READY {
-            return Err(Code::Stack
-                .err(format!("consul-template has not written {} after {READY:?}", path.display()))
-                .cure("see `journalctl -u consul-template`, then run the same command again"));
-        }
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
-    Ok(())
+    let missing = || {
+        Code::Stack
+            .err(format!("consul-template has not written {} after {READY:?}", path.display()))
+            .cure("see `journalctl -u consul-template`, then run the same command again")
+    };
+    until(READY, EVERY, async || path.exists().then_some(()).ok_or_else(missing)).await
+}
+
+/// The gate configuration, checked by nginx, loaded; what nginx refuses is taken back.
+pub async fn load_gate(service: &Name, text: &str) -> Result<()> {
+    reload::with(service, &paths::nginx_conf(service), text.as_bytes()).await
+}
+
+async fn load_pools(installed: &Installed, service: &Name) -> Result<()> {
+    let service = installed.service(Some(service))?;
+    let (rendered, wanted) = (paths::pools(&service.name), nginx::servers_of(installed, service));
+    let behind = || {
+        Code::Stack
+            .err(format!("consul-template has not written the new pools of {} after {READY:?}", service.name))
+            .cure("see `zd logs consul-template`, then run the same command again")
+    };
+    let written = async || if nginx::servers(&rendered)? == wanted { Ok(()) } else { Err(behind()) };
+    until(READY, EVERY, written).await?;
+    let text = std::fs::read(&rendered).at(&rendered)?;
+    reload::with(&service.name, &paths::nginx_pools(&service.name), &text).await
 }
 
 async fn push(host: &Host<'_>, reference: &str) -> Result<()> {
@@ -218,19 +261,10 @@ async fn push(host: &Host<'_>, reference: &str) -> Result<()> {
 }
 
 async fn serving(service: &crate::bundle::manifest::Service, slot: Slot) -> Result<()> {
-    let start = Instant::now();
-    loop {
-        match switch::serves(service, slot).await {
-            Ok(()) => return Ok(()),
-            Err(why) if start.elapsed() > READY => {
-                return Err(Code::Nginx
-                    .err(format!(
-                        "port {} of this host gives {why}, expected 200 from {slot}",
-                        service.listen
-                    ))
-                    .cure(format!("see `systemctl status {}`", paths::nginx_unit(&service.name))));
-            }
-            Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
-        }
-    }
+    let wrong = |why| {
+        Code::Nginx
+            .err(format!("port {} of this host gives {why}, expected 200 from {slot}", service.listen))
+            .cure(format!("see `systemctl status {}`", paths::nginx_unit(&service.name)))
+    };
+    until(READY, EVERY, async || switch::serves(service, slot).await.map_err(wrong)).await
 }

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
+use serde_json::Value;
 
 use super::Check;
 use crate::bundle::sources::cache::hash_file;
@@ -14,7 +15,7 @@ use crate::host::config::{HostConfig, Installed};
 use crate::host::docker::Docker;
 use crate::host::registry::Registry;
 use crate::host::secrets::Token;
-use crate::host::{Host, consul, fs as hostfs, nomad, packages, paths, systemd};
+use crate::host::{Host, consul, fs as hostfs, nginx, nomad, packages, paths, systemd};
 use crate::ids::{Digest, Name};
 use crate::plan::{Step, Undo};
 use crate::service::state::{self, State};
@@ -86,12 +87,42 @@ pub async fn check(step: &Step, host: &Host<'_>) -> Result<Check> {
             let loaded = paths::nginx_pools(service);
             needed_unless(loaded.exists(), remove([loaded]))
         }
+        Step::LoadPools { service } => {
+            let installed = coming(host)?;
+            let service = installed.service(Some(service))?;
+            let loaded = nginx::servers(&paths::nginx_pools(&service.name))?;
+            needed_unless(loaded == nginx::servers_of(&installed, service), Undo::Nothing)
+        }
+        Step::Gate { service, text } => {
+            let path = paths::nginx_conf(service);
+            let found = fs::read_to_string(&path).at(&path)?;
+            needed_unless(found == *text, Undo::PutBackGate { service: service.clone(), text: found })
+        }
+        Step::Instances { service, instances } => {
+            needed_unless(State::read(service)?.instances == Some(*instances), state_undo(service)?)
+        }
+        Step::Resize { service, slot, job } => {
+            let (api, id) = (nomad::connect()?, paths::job(service, *slot));
+            let (service, slot) = (service.clone(), *slot);
+            match nomad::job(&api, &id).await? {
+                Some(before) => {
+                    let same = !nomad::differs(&api, &id, job).await?;
+                    needed_unless(same, Undo::ResizeBack { service, slot, job: before })
+                }
+                None => Check::Needed(Undo::RemoveJob { service, slot }),
+            }
+        }
         Step::Key { key, value } => {
-            let there = match consul::zd() {
-                Ok(api) => consul::read(&api, key).await.is_ok_and(|(found, _)| found == *value),
-                Err(_) => false,
+            // Before an install there is no Consul to ask.
+            let found = match consul::zd() {
+                Ok(api) => consul::read(&api, key).await.map_or(Value::Null, |(found, _)| found),
+                Err(_) => Value::Null,
             };
-            needed_unless(there, Undo::Nothing)
+            let undo = match found {
+                Value::Null => Undo::Nothing,
+                ref found => Undo::PutBackKey { key: key.clone(), value: found.clone() },
+            };
+            needed_unless(found == *value, undo)
         }
         Step::Job { service, slot, job } => {
             let (service, slot, id) = (service.clone(), *slot, paths::job(service, *slot));
@@ -168,7 +199,7 @@ pub async fn check(step: &Step, host: &Host<'_>) -> Result<Check> {
             needed_unless(same, state_undo(service)?)
         }
         Step::Firewall { kind, port } => {
-            needed_unless(kind.is_open(*port).await?, Undo::CloseFirewall { kind: kind.clone(), port: *port })
+            needed_unless(kind.is_open(*port).await?, Undo::CloseFirewall { kind: *kind, port: *port })
         }
     })
 }
@@ -190,7 +221,7 @@ pub fn coming(host: &Host<'_>) -> Result<Installed> {
                 generation: 0,
                 bundle: bundle.id.clone(),
             });
-            Ok(Installed { host, lock: bundle.lock.clone() })
+            Installed::new(host, bundle.lock.clone())
         }
         (None, None) => Installed::require(),
     }

@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use serde::Serialize;
 
+use crate::audit;
 use crate::error::Result;
 use crate::host::Host;
 use crate::ids::Digest;
@@ -103,6 +104,20 @@ pub async fn apply(plan: &Plan, host: &Host<'_>, by: &str, bundle: Option<&Diges
         journal.end(Outcome::Applied)?;
     }
     Ok(summary)
+}
+
+/// Applies a plan that must not be left half done: on failure all is as it was before.
+pub async fn apply_or_back(plan: &Plan, host: &Host<'_>) -> Result<Summary> {
+    let failed = match apply(plan, host, &audit::actor(), None).await {
+        Ok(summary) => return Ok(summary),
+        Err(e) => e,
+    };
+    if let Some(mut journal) = receipt::unfinished()? {
+        undo(&mut journal, host, false)
+            .await
+            .map_err(|u| u.during(format!("after: {failed}; going back")))?;
+    }
+    Err(failed)
 }
 
 /// Takes back what a receipt did, last first. Each undo is idempotent; a kill in between is resumed.

@@ -5,10 +5,10 @@ use std::path::Path;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 
-use super::act::{clear_job, place_job};
+use super::act::{clear_job, load_gate, place_job, resize_job};
 use crate::error::{Code, OrCode, Result};
 use crate::host::docker::{Docker, parked};
-use crate::host::{Host, exec, fs as hostfs, nomad, packages, paths, systemd};
+use crate::host::{Host, consul, exec, fs as hostfs, nomad, packages, paths, systemd};
 use crate::ids::{Name, Slot};
 use crate::plan::{Keep, Undo};
 use crate::receipt::Receipt;
@@ -75,6 +75,13 @@ pub async fn revert(undo: &Undo, host: &Host<'_>, purge: bool) -> Result<()> {
         },
         Undo::RemoveJob { service, slot } => remove_job(service, *slot).await,
         Undo::PutBackJob { service, slot, job } => place_job(service, *slot, job).await,
+        Undo::ResizeBack { service, slot, job } => resize_job(service, *slot, job).await,
+        // An uninstall takes Consul away with all that is in it.
+        Undo::PutBackKey { key, value } => match consul::zd() {
+            Ok(api) if consul::version().await.is_ok() => consul::set(&api, key, value).await,
+            _ => Ok(()),
+        },
+        Undo::PutBackGate { service, text } => load_gate(service, text).await,
         Undo::FinishRemoving { containers } => {
             let docker = Docker::connect().await?;
             for name in containers {

@@ -43,18 +43,20 @@ struct Report {
 pub async fn run(args: Args, ui: &Ui) -> Result<()> {
     let start = std::time::Instant::now();
     let _lock = if args.change.dry_run { None } else { Some(HostLock::take("deploy")?) };
+    let host = Host { ui, bundle: None };
+    if !args.change.dry_run {
+        settle_interrupted(&host).await?;
+    }
     let installed = Installed::require()?;
     let service = installed.service(args.service.as_ref())?;
     let reference = ImageRef { name: service.image.clone(), version: args.version };
     let digest = find_version(&installed, &reference).await?;
     let slot = pointer::read(&service.name)?.slot().other();
     let plan = plan::deploy::plan(&installed, service, slot, &reference, &digest)?;
-    let host = Host { ui, bundle: None };
     if args.change.dry_run {
         ui.report(&apply::preview(&plan, &host).await?, apply::Preview::text);
         return Ok(());
     }
-    settle_interrupted(&host).await?;
     ui.confirm(&format!("deploy {reference} to {slot}, the standby of {}?", service.name), args.change.yes)?;
     let changed = carry_out(&plan, &host, service, slot, &reference, &digest, &args.change.reason).await?;
     let report = Report {
@@ -88,15 +90,16 @@ pub async fn find_version(installed: &Installed, reference: &ImageRef) -> Result
         .cure(format!("use one of: {}", if known.is_empty() { "(none)".into() } else { known.join(", ") })))
 }
 
-/// An interrupted deploy is settled before anything else happens to the slots: taken back, or finished
+/// An interrupted deploy or scale is settled before anything else happens to the slots: taken back, or finished
 /// where it had passed the point of no return.
 pub async fn settle_interrupted(host: &Host<'_>) -> Result<()> {
     match receipt::unfinished()? {
-        Some(mut journal) if journal.header.verb == "deploy" => {
-            host.ui.warn(format!("an interrupted deploy of {} is settled first", journal.header.about));
+        Some(mut journal) if ["deploy", "scale"].contains(&journal.header.verb.as_str()) => {
+            let (verb, about) = (journal.header.verb.clone(), journal.header.about.clone());
+            host.ui.warn(format!("an interrupted {verb} of {about} is settled first"));
             let taken_back = apply::undo(&mut journal, host, false).await?;
             let outcome = if taken_back.is_empty() { "finished" } else { "undone" };
-            audit::append(Event { verb: "deploy", outcome, detail: journal.header.about, ..Event::default() })
+            audit::append(Event { verb: &verb, outcome, detail: about, ..Event::default() })
         }
         _ => receipt::refuse_unfinished(),
     }
@@ -123,18 +126,13 @@ pub async fn carry_out(
         detail,
     };
     let before = State::read(&service.name).ok().and_then(|s| s.release(slot));
-    match apply::apply(plan, host, &audit::actor(), None).await {
+    match apply::apply_or_back(plan, host).await {
         Ok(summary) if summary.done.is_empty() => Ok(false),
         Ok(_) => {
             audit::append(event("done", before, String::new()))?;
             Ok(true)
         }
         Err(e) => {
-            if let Some(mut journal) = receipt::unfinished()? {
-                apply::undo(&mut journal, host, false)
-                    .await
-                    .map_err(|u| u.during(format!("after: {e}; going back")))?;
-            }
             audit::append(event("failed", before, e.what.clone()))?;
             Err(e)
         }

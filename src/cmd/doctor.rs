@@ -2,14 +2,26 @@
 
 use serde::Serialize;
 
+use std::path::Path;
+
+use bytesize::ByteSize;
+use jiff::Timestamp;
+
 use super::verify::BundleArgs;
 use crate::audit;
 use crate::error::{Code, Result};
-use crate::facts::Facts;
+use crate::facts::{self, Facts};
 use crate::host::config::Installed;
+use crate::host::paths;
+use crate::host::secrets::{self, Secret};
 use crate::plan::preflight::{self, Finding};
 use crate::receipt;
 use crate::ui::Ui;
+
+/// A certificate that ends within so many days is a finding: there is a quarter between two visits.
+const CERTIFICATE_DAYS: i64 = 120;
+/// Less than this free, and the next deploy may not fit, or a log not be written.
+const DISK_LOW: u64 = 512 << 20;
 
 /// Look for what is wrong and say what to do
 #[derive(clap::Args)]
@@ -72,10 +84,64 @@ async fn installed_findings(installed: &Installed, facts: &Facts) -> Result<Vec<
     if status.drift.is_empty() {
         found.push(Finding::ok("state", "all is as recorded"));
     }
-    found.push(match audit::read() {
-        Ok(records) => Finding::ok("audit", format!("{} records, chain whole", records.len())),
-        Err(e) => Finding::bad("audit", e.what, e.cure.unwrap_or_default()),
-    });
+    match audit::read() {
+        Ok(records) => {
+            found.extend(records.last().and_then(|r| clock_set_back(r.at, facts.now)));
+            found.push(Finding::ok("audit", format!("{} records, chain whole", records.len())));
+        }
+        Err(e) => found.push(Finding::bad("audit", e.what, e.cure.unwrap_or_default())),
+    }
+    for path in Secret::certificates().iter().filter(|path| path.exists()) {
+        found.push(certificate(path, facts.now)?);
+    }
+    found.extend(disks()?);
+    Ok(found)
+}
+
+/// What was recorded lies in the future: certificates, tokens and Nomad go by the clock.
+fn clock_set_back(recorded: Timestamp, now: Timestamp) -> Option<Finding> {
+    (now < recorded).then(|| {
+        Finding::bad(
+            "clock",
+            format!("this host says {now}, its own last record is of {recorded}: the clock was set back"),
+            "set the clock: timedatectl set-time 'YYYY-MM-DD hh:mm:ss'",
+        )
+    })
+}
+
+fn certificate(path: &Path, now: Timestamp) -> Result<Finding> {
+    let (from, until) = secrets::validity(path)?;
+    let shown = path.display();
+    let days = until.duration_since(now).as_hours() / 24;
+    Ok(if now < from {
+        let what = format!("{shown} is valid from {from}, this host says {now}");
+        Finding::bad("certificate", what, "set the clock: timedatectl set-time 'YYYY-MM-DD hh:mm:ss'")
+    } else if days < CERTIFICATE_DAYS {
+        let what = format!("{shown} ends {until}, in {days} days");
+        Finding::bad("certificate", what, "uninstall and install again at the next occasion (data is kept)")
+    } else {
+        Finding::ok("certificate", format!("{shown} is valid until {until}"))
+    })
+}
+
+/// File systems that are filling, by what zd keeps on them.
+fn disks() -> Result<Vec<Finding>> {
+    let mut seen = Vec::new();
+    let mut found = Vec::new();
+    for path in [paths::VAR, paths::LOG, paths::DOCKER_DATA, paths::OPT] {
+        let (device, free) = facts::space(Path::new(path))?;
+        if seen.contains(&device) {
+            continue;
+        }
+        seen.push(device);
+        let what = format!("{} free for {path}", ByteSize(free));
+        found.push(if free < DISK_LOW {
+            let cure = "docker image prune -a, journalctl --vacuum-size=200M, then look for what grows: du -xh / | sort -h | tail";
+            Finding::bad("disk", what, cure)
+        } else {
+            Finding::ok("disk", what)
+        });
+    }
     Ok(found)
 }
 

@@ -82,8 +82,7 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
 
     let facts = Facts::gather().await?;
     let known = known_config(&bundle)?;
-    let installed =
-        Installed { host: decide(&args, &facts, &bundle, known.as_ref(), ui)?, lock: bundle.lock.clone() };
+    let installed = Installed::new(decide(&args, &facts, &bundle, known.as_ref(), ui)?, bundle.lock.clone())?;
     let foreign_docker = facts.programs.contains_key("dockerd") && !docker_is_ours()?;
     let mut findings = preflight::host(&facts);
     findings.extend(assess(&bundle, &facts, &installed.host, foreign_docker, known.is_none())?);

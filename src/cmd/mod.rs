@@ -14,6 +14,8 @@ pub mod pack;
 pub mod publish;
 pub mod reload;
 pub mod rollback;
+pub mod scale;
+pub mod secrets;
 pub mod status;
 pub mod support;
 pub mod switch;
@@ -60,6 +62,8 @@ pub enum Command {
     Deploy(deploy::Args),
     Switch(switch::Args),
     Rollback(rollback::Args),
+    Scale(scale::Args),
+    Secrets(secrets::Args),
     History(history::Args),
     Logs(logs::Args),
     Support(support::Args),
@@ -100,6 +104,8 @@ pub async fn run(command: Command, ui: &Ui) -> Result<()> {
         Command::Deploy(args) => deploy::run(args, ui).await,
         Command::Switch(args) => switch::run(args, ui).await,
         Command::Rollback(args) => rollback::run(args, ui).await,
+        Command::Scale(args) => scale::run(args, ui).await,
+        Command::Secrets(args) => secrets::run(args, ui).await,
         Command::History(args) => history::run(args, ui),
         Command::Logs(args) => logs::run(args, ui).await,
         Command::Support(args) => support::run(args, ui).await,

@@ -4,8 +4,8 @@ use std::time::{Duration, Instant};
 
 use crate::error::{Code, Result};
 use crate::host::config::Installed;
-use crate::host::consul;
 use crate::host::lock::HostLock;
+use crate::host::{consul, until};
 use crate::service::cluster;
 use crate::ui::Ui;
 
@@ -17,13 +17,7 @@ pub struct Args {}
 
 pub async fn run(_: Args, ui: &Ui) -> Result<()> {
     let Some(installed) = Installed::read()? else { return Ok(()) };
-    let start = Instant::now();
-    while let Err(e) = consul::version().await {
-        if start.elapsed() > LIMIT {
-            return Err(e);
-        }
-        tokio::time::sleep(Duration::from_millis(500)).await;
-    }
+    until(LIMIT, Duration::from_millis(500), async || consul::version().await.map(drop)).await?;
     let _lock = wait_for_lock("publish", LIMIT).await?;
     for service in &installed.lock.services {
         if cluster::is_behind(&service.name)? {

@@ -26,11 +26,13 @@ pub struct Args {
 
 pub async fn run(args: Args, ui: &Ui) -> Result<()> {
     let _lock = if args.change.dry_run { None } else { Some(HostLock::take("rollback")?) };
-    let installed = Installed::require()?;
-    let service = installed.service(args.service.as_ref())?;
     let host = Host { ui, bundle: None };
     if !args.change.dry_run {
         settle_interrupted(&host).await?;
+    }
+    let installed = Installed::require()?;
+    let service = installed.service(args.service.as_ref())?;
+    if !args.change.dry_run {
         switch::settle_killed(&service.name)?;
     }
     let active = pointer::read(&service.name)?.slot();

@@ -1,5 +1,8 @@
 //! `zd status`: what runs, since when and by whom, and any difference to what was recorded.
 
+use std::path::PathBuf;
+use std::time::Duration;
+
 use comfy_table::{Table, presets};
 use serde::Serialize;
 
@@ -7,7 +10,7 @@ use crate::bundle::manifest::{Engine, ImageRef, Service};
 use crate::error::{Error, Result};
 use crate::host::config::Installed;
 use crate::host::docker::{self, Docker, Found};
-use crate::host::{consul, nomad, paths, systemd};
+use crate::host::{consul, nginx, nomad, packages, paths, systemd};
 use crate::ids::{Name, Slot};
 use crate::plan;
 use crate::service::cluster;
@@ -16,6 +19,7 @@ use crate::service::pointer::{self, Pointer};
 use crate::service::state::State;
 use crate::service::switch;
 use crate::ui::Ui;
+use crate::units;
 
 /// Show what runs here: slots, versions, health, and what is not as it was left
 #[derive(clap::Args)]
@@ -53,8 +57,12 @@ impl Drift {
 
 #[derive(Serialize)]
 pub struct Component {
+    /// Its unit.
     pub name: String,
     pub state: String,
+    pub version: Option<String>,
+    /// Seconds since it was started.
+    pub uptime_s: Option<u64>,
 }
 
 #[derive(Serialize)]
@@ -91,19 +99,10 @@ pub async fn run(_: Args, ui: &Ui) -> Result<()> {
 pub async fn gather(installed: &Installed) -> Result<Report> {
     let mut drift = Vec::new();
     let nomad_engine = installed.lock.engine == Engine::Nomad;
-    let mut units = vec!["docker.service".to_owned(), "zd-registry.service".to_owned()];
-    if nomad_engine {
-        units.extend(["consul", "nomad", "consul-template"].map(|name| format!("{name}.service")));
-    }
-    units.extend(installed.lock.services.iter().map(|s| paths::nginx_unit(&s.name)));
-    let mut components = Vec::new();
-    for name in units {
-        let state = systemd::state(&name).await?;
-        if state != "active" {
-            let cure = format!("systemctl start {name}, then journalctl -u {name}");
-            drift.push(Drift::new(format!("{name} is {state}"), cure));
-        }
-        components.push(Component { name, state });
+    let components = components(installed).await?;
+    for Component { name, state, .. } in components.iter().filter(|c| c.state != "active") {
+        let cure = format!("systemctl start {name}, then journalctl -u {name}");
+        drift.push(Drift::new(format!("{name} is {state}"), cure));
     }
     let docker = match Docker::connect().await {
         Ok(docker) => Some(docker),
@@ -135,12 +134,36 @@ pub async fn gather(installed: &Installed) -> Result<Report> {
     })
 }
 
+/// The units that zd answers for, and what runs in them.
+async fn components(installed: &Installed) -> Result<Vec<Component>> {
+    let lock = &installed.lock;
+    let mut units = Vec::new();
+    for (unit, role) in
+        [("docker.service", &lock.packages.docker), ("zd-registry.service", &lock.packages.registry)]
+    {
+        units.push((unit.to_owned(), packages::version(role).await?));
+    }
+    for release in &lock.releases {
+        units.push((format!("{}.service", release.product), Some(release.version.to_string())));
+    }
+    let nginx = packages::version(&lock.packages.nginx).await?;
+    units.extend(lock.services.iter().map(|s| (paths::nginx_unit(&s.name), nginx.clone())));
+    let mut components = Vec::new();
+    for (name, version) in units {
+        let (state, uptime) = systemd::state(&name).await?;
+        components.push(Component { name, state, version, uptime_s: uptime.map(|t| t.as_secs()) });
+    }
+    Ok(components)
+}
+
 /// What somebody changed in Nomad or Consul by hand. Where one does not answer, that was said already.
 async fn stack_drift(installed: &Installed, service: &Service) -> Vec<Drift> {
     let mut drift = Vec::new();
     let name = &service.name;
-    if let Ok(Some((what, cure))) = cluster::difference(installed, service).await {
-        drift.push(Drift { what, cure });
+    match cluster::difference(installed, service).await {
+        Ok(Some((what, cure))) => drift.push(Drift { what, cure }),
+        Ok(None) => drift.extend(stale_pools(installed, service)),
+        Err(_) => {}
     }
     let (Ok(state), Ok(nomad)) = (State::read(name), nomad::connect()) else { return drift };
     for (slot, filled) in &state.slots {
@@ -153,15 +176,31 @@ async fn stack_drift(installed: &Installed, service: &Service) -> Vec<Drift> {
         let Ok(job) = plan::slot::job(installed, service, *slot, &reference, &filled.digest) else {
             continue;
         };
-        match (nomad::job(&nomad, &id).await, nomad::differs(&nomad, &id, &job).await) {
-            (Ok(None), _) => drift.push(Drift::new(format!("Nomad job {id} is gone"), cure)),
-            (Ok(Some(_)), Ok(true)) => {
+        match nomad::job(&nomad, &id).await {
+            Ok(None) => drift.push(Drift::new(format!("Nomad job {id} is gone"), cure)),
+            Ok(Some(_)) if nomad::differs(&nomad, &id, &job).await.unwrap_or(false) => {
                 drift.push(Drift::new(format!("Nomad job {id} was changed by hand"), cure));
             }
             _ => {}
         }
     }
     drift
+}
+
+/// Consul has the right pools, and nginx others.
+fn stale_pools(installed: &Installed, service: &Service) -> Option<Drift> {
+    let wanted = nginx::servers_of(installed, service);
+    let has = |path: PathBuf| nginx::servers(&path).is_ok_and(|found| found == wanted);
+    let name = &service.name;
+    if !has(paths::pools(name)) {
+        let what = format!("consul-template has not written the pools of {name} that stand in Consul");
+        return Some(Drift::new(what, "systemctl restart consul-template, then zd logs consul-template"));
+    }
+    if !has(paths::nginx_pools(name)) {
+        let what = format!("nginx of {name} has not loaded the pools that consul-template has written");
+        return Some(Drift::new(what, format!("systemctl start zd-pools@{name}, then zd history")));
+    }
+    None
 }
 
 async fn service_report(
@@ -173,8 +212,8 @@ async fn service_report(
     let name = &service.name;
     let now = pointer::read(name)?;
     let active = now.slot();
-    if matches!(now, Pointer::Held(_)) {
-        let what = format!("{name}: a switch was interrupted while it held requests; {active} serves on");
+    if now != Pointer::Active(active) {
+        let what = format!("{name}: a switch or a reload was interrupted; {active} serves on");
         drift.push(Drift::new(what, format!("zd switch --to {active}")));
     }
     let state = State::read(name)?;
@@ -289,8 +328,12 @@ fn text(r: &Report) -> String {
         }
         out.push_str(&format!("{rows}\n"));
     }
-    let components: Vec<String> = r.components.iter().map(|c| format!("{} {}", c.name, c.state)).collect();
-    out.push_str(&format!("\n{}\n", components.join(", ")));
+    let mut rows = table(["component", "version", "state", "for"]);
+    for c in &r.components {
+        let uptime = c.uptime_s.map_or("-".into(), |s| units::rough(Duration::from_secs(s)));
+        rows.add_row([&c.name, c.version.as_deref().unwrap_or("-"), &c.state, &uptime]);
+    }
+    out.push_str(&format!("\n{rows}\n"));
     if r.drift.is_empty() {
         out.push_str("all is as recorded");
     } else {

@@ -30,6 +30,9 @@ pub struct Args {
 
 pub async fn run(args: Args, ui: &Ui) -> Result<()> {
     let _lock = if args.change.dry_run { None } else { Some(HostLock::take("switch")?) };
+    if !args.change.dry_run {
+        super::deploy::settle_interrupted(&Host { ui, bundle: None }).await?;
+    }
     let installed = Installed::require()?;
     let mut service = installed.service(args.service.as_ref())?.clone();
     if let Some(drain) = args.drain {
@@ -45,7 +48,6 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
     if to != active {
         ui.confirm(&format!("move all traffic of {} from {active} to {to}?", service.name), args.change.yes)?;
     }
-    super::deploy::settle_interrupted(&Host { ui, bundle: None }).await?;
     let request = Request { verb: "switch", reason: &args.change.reason };
     let report = switch::run(&installed, &service, to, &request).await?;
     ui.report(&report, text);

@@ -104,7 +104,7 @@ impl Api {
         self.success(path, reply)
     }
 
-    fn success(&self, path: &str, reply: Reply) -> Result<Value> {
+    pub fn success(&self, path: &str, reply: Reply) -> Result<Value> {
         if reply.status.is_success() {
             return Ok(serde_json::from_str(&reply.body).unwrap_or(Value::Null));
         }

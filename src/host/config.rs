@@ -11,6 +11,7 @@ use crate::bundle::Lock;
 use crate::bundle::manifest::Service;
 use crate::error::{At, Code, OrCode, Result};
 use crate::ids::{Digest, Name, Slot};
+use crate::service::state::State;
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -81,7 +82,24 @@ impl Installed {
             .ok_or_else(|| Code::Io.err(format!("{} is gone", paths::HOST_TOML)).cure("install again"))?;
         let path = Path::new(paths::CURRENT).join(paths::LOCK_FILE);
         let lock = Lock::parse(&std::fs::read(&path).at(&path)?)?;
-        Ok(Some(Self { host, lock }))
+        Self::new(host, lock).map(Some)
+    }
+
+    /// What the lock says, with as many containers as the services were scaled to.
+    pub fn new(host: HostConfig, lock: Lock) -> Result<Self> {
+        let mut installed = Self { host, lock };
+        for name in installed.lock.services.iter().map(|s| s.name.clone()).collect::<Vec<_>>() {
+            if let Some(instances) = State::read(&name)?.instances {
+                installed.set_instances(&name, instances);
+            }
+        }
+        Ok(installed)
+    }
+
+    pub fn set_instances(&mut self, service: &Name, instances: u8) {
+        for service in self.lock.services.iter_mut().filter(|s| s.name == *service) {
+            service.instances = instances;
+        }
     }
 
     pub fn require() -> Result<Self> {

@@ -1,6 +1,6 @@
 //! Consul: leader, ACL, and the few keys zd keeps there. HTTP API v1 on loopback.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -9,9 +9,11 @@ use serde_json::{Value, json};
 
 use super::api::Api;
 use super::secrets::{self, Token};
+use super::{paths, until};
 use crate::error::{Code, Result};
 
 const READY: Duration = Duration::from_secs(60);
+const EVERY: Duration = Duration::from_millis(100);
 
 /// What each user of Consul may do (Consul ACL rules), and the token it does it with.
 fn policies(node: &str) -> [(Token, String); 4] {
@@ -55,7 +57,7 @@ async fn accepts(api: &Api) -> bool {
 
 /// Waits for the leader and brings the ACL about: one policy and one token for each user of Consul.
 pub async fn set_up(node: &str) -> Result<()> {
-    let api = Api::consul(Some(secrets::token(Token::ConsulManagement)?))?;
+    let api = management()?;
     wait(&api).await?;
     for (token, rules) in policies(node) {
         ensure(&api, token, &rules, &secrets::token(token)?).await?;
@@ -64,15 +66,8 @@ pub async fn set_up(node: &str) -> Result<()> {
 }
 
 async fn wait(api: &Api) -> Result<()> {
-    let start = Instant::now();
-    loop {
-        // The ACL system starts a moment after the leader does, and says so with a 500.
-        match api.get("/v1/acl/policies").await {
-            Ok(_) => return Ok(()),
-            Err(e) if start.elapsed() > READY => return Err(e),
-            Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
-        }
-    }
+    // The ACL system starts a moment after the leader does, and says so with a 500.
+    until(READY, EVERY, async || api.get("/v1/acl/policies").await.map(drop)).await
 }
 
 /// The policy with these rules, and a token that has it.
@@ -90,6 +85,80 @@ async fn ensure(api: &Api, token: Token, rules: &str, secret: &str) -> Result<()
     }
     let token = json!({ "SecretID": secret, "Description": name, "Policies": [{ "Name": name }] });
     api.put("/v1/acl/token", &token).await.map(drop)
+}
+
+fn management() -> Result<Api> {
+    Api::consul(Some(secrets::token(Token::ConsulManagement)?))
+}
+
+/// Another token for each user of Consul, beside the one it has; its file names the new one then.
+pub async fn renew_tokens(node: &str) -> Result<()> {
+    let secret = secrets::uuid()?;
+    renew_management(&management()?, &secret).await?;
+    secrets::keep(Token::ConsulManagement, &secret)?;
+    let api = management()?;
+    for (token, rules) in policies(node) {
+        let secret = secrets::uuid()?;
+        ensure(&api, token, &rules, &secret).await?;
+        secrets::keep(token, &secret)?;
+    }
+    Ok(())
+}
+
+async fn renew_management(api: &Api, secret: &str) -> Result<()> {
+    let policies = json!([{ "Name": "global-management" }]);
+    let description = format!("zd-{}", Token::ConsulManagement.name());
+    let token = json!({ "SecretID": secret, "Description": description, "Policies": policies });
+    api.put("/v1/acl/token", &token).await.map(drop)
+}
+
+/// Removes the tokens that were zd's before: Consul's first one too, but nobody else's.
+pub async fn forget_old_tokens() -> Result<()> {
+    let api = management()?;
+    let mut current = Vec::new();
+    for token in Token::CONSUL {
+        current.push(accessor(&api.with(&secrets::token(token)?)).await?);
+    }
+    forget_others(&api, &current).await
+}
+
+async fn accessor(api: &Api) -> Result<String> {
+    let token = api.get("/v1/acl/token/self").await?;
+    Ok(token["AccessorID"].as_str().unwrap_or_default().to_owned())
+}
+
+async fn forget_others(api: &Api, current: &[String]) -> Result<()> {
+    let tokens = api.get("/v1/acl/tokens").await?;
+    for token in tokens.as_array().into_iter().flatten() {
+        let text = |key: &str| token[key].as_str().unwrap_or_default();
+        let (id, description) = (text("AccessorID"), text("Description"));
+        // What versions of Consul call the first token.
+        let first = ["Master Token", "Initial Management Token"].contains(&description);
+        if (first || description.starts_with("zd-consul-")) && !current.iter().any(|c| c == id) {
+            api.delete(&format!("/v1/acl/token/{id}")).await?;
+        }
+    }
+    Ok(())
+}
+
+/// The gossip key that stands in Consul's configuration becomes the only one.
+pub async fn renew_gossip_key() -> Result<()> {
+    let config = secrets::private_config(paths::CONSUL_ETC)?;
+    use_gossip_key(&management()?, config["encrypt"].as_str().unwrap_or_default()).await
+}
+
+async fn use_gossip_key(api: &Api, key: &str) -> Result<()> {
+    const KEYRING: &str = "/v1/operator/keyring";
+    for method in [Method::POST, Method::PUT] {
+        let reply = api.send(method, KEYRING, Some(&json!({ "Key": key }))).await?;
+        api.success(KEYRING, reply)?;
+    }
+    let rings = api.get(KEYRING).await?;
+    for (old, _) in rings[0]["Keys"].as_object().into_iter().flatten().filter(|(known, _)| *known != key) {
+        let reply = api.send(Method::DELETE, KEYRING, Some(&json!({ "Key": old }))).await?;
+        api.success(KEYRING, reply)?;
+    }
+    Ok(())
 }
 
 pub fn zd() -> Result<Api> {
@@ -189,6 +258,21 @@ mod tests {
         let api = replay.api(CONSUL, Some(Token::ConsulZd));
         assert!(accepts(&api).await);
         assert!(!accepts(&api.with(UNKNOWN)).await);
+    }
+
+    #[tokio::test]
+    async fn tokens_and_gossip_keys_are_renewed() {
+        let recordings =
+            ["consul-token-known", "consul-token-renew", "consul-tokens-forget", "consul-keyring"];
+        let replay = Replay::of(&recordings).await;
+        let known = accessor(&replay.api(CONSUL, Some(Token::ConsulZd))).await.unwrap();
+        assert_eq!(known, "c11baa23-0f57-64e0-7d2b-d1946a93fd40");
+        let api = replay.api(CONSUL, Some(Token::ConsulManagement));
+        renew_management(&api, "00000000-0000-4000-8000-000000000011").await.unwrap();
+        // Consul's first token and an old one of zd's go; the present ones, the site's and the anonymous one stay.
+        let current = ["a0", "a2"].map(|end| format!("00000000-0000-4000-8000-0000000000{end}"));
+        forget_others(&api, &current).await.unwrap();
+        use_gossip_key(&api, "MjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjI=").await.unwrap();
     }
 
     #[tokio::test]

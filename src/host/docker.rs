@@ -6,17 +6,19 @@ use std::net::Ipv4Addr;
 use std::time::Duration;
 
 use bollard::auth::DockerCredentials;
+use bollard::container::LogOutput;
 use bollard::errors::Error as BollardError;
 use bollard::models::{
-    ContainerCreateBody, EndpointIpamConfig, EndpointSettings, HostConfig as ContainerHostConfig, Ipam,
-    IpamConfig, NetworkCreateRequest, NetworkingConfig, RestartPolicy, RestartPolicyNameEnum,
+    ContainerCreateBody, EndpointIpamConfig, EndpointSettings, HostConfig as ContainerHostConfig,
+    HostConfigLogConfig, Ipam, IpamConfig, NetworkCreateRequest, NetworkingConfig, RestartPolicy,
+    RestartPolicyNameEnum,
 };
 use bollard::query_parameters::{
     CreateContainerOptionsBuilder, CreateImageOptionsBuilder, ListContainersOptionsBuilder,
     LogsOptionsBuilder, RemoveContainerOptionsBuilder, RenameContainerOptionsBuilder,
     StopContainerOptionsBuilder,
 };
-use futures_util::{StreamExt, TryStreamExt};
+use futures_util::{Stream, StreamExt, TryStreamExt};
 use serde::{Deserialize, Serialize};
 
 use super::config::HostConfig;
@@ -27,6 +29,8 @@ use crate::ids::{Digest, Name, Slot, Version};
 /// The network that all containers of services are on.
 pub const NETWORK: &str = "zd";
 const PARKED: &str = "-parked";
+/// What is kept of a container's own output (Docker's json-file driver).
+const LOG_LIMITS: [(&str, &str); 2] = [("max-size", "32m"), ("max-file", "4")];
 /// Seconds a container has to stop by itself.
 const STOP_S: i32 = 10;
 /// bollard's own limit is 2 minutes; a pull of a large image on a slow disk takes longer.
@@ -145,7 +149,15 @@ impl Docker {
         self.0.create_network(request).await.map(drop).map_err(failed)
     }
 
+    /// With all of ours that is on it: a scale may have made more than an install knows of.
     pub async fn remove_network(&self) -> Result<()> {
+        let options = ListContainersOptionsBuilder::default()
+            .all(true)
+            .filters(&HashMap::from([("label", vec!["zd.service"])]))
+            .build();
+        for container in self.0.list_containers(Some(options)).await.map_err(failed)? {
+            self.remove(&container.id.unwrap_or_default()).await?;
+        }
         unless_missing(self.0.remove_network(NETWORK).await)
     }
 
@@ -260,6 +272,11 @@ impl Docker {
                     maximum_retry_count: None,
                 }),
                 network_mode: Some(NETWORK.into()),
+                // As Nomad has it; Docker by itself keeps all that a container ever wrote.
+                log_config: Some(HostConfigLogConfig {
+                    typ: Some("json-file".into()),
+                    config: Some(LOG_LIMITS.map(|(key, value)| (key.into(), value.into())).into()),
+                }),
                 memory: (wanted.memory > 0).then_some(wanted.memory),
                 ..Default::default()
             }),
@@ -303,12 +320,21 @@ impl Docker {
         }
     }
 
+    /// What a container wrote: its last lines, and with `follow` what it writes from now on.
+    fn logs(
+        &self,
+        name: &str,
+        lines: u32,
+        follow: bool,
+    ) -> impl Stream<Item = std::result::Result<LogOutput, BollardError>> + use<> {
+        let both = LogsOptionsBuilder::default().stdout(true).stderr(true);
+        self.0.logs(name, Some(both.follow(follow).tail(&lines.to_string()).build()))
+    }
+
     /// The last lines a container wrote.
-    pub async fn log_tail(&self, name: &str, lines: usize) -> String {
-        let options =
-            LogsOptionsBuilder::default().stdout(true).stderr(true).tail(&lines.to_string()).build();
+    pub async fn log_tail(&self, name: &str, lines: u32) -> String {
         let mut text = String::new();
-        let mut logs = std::pin::pin!(self.0.logs(name, Some(options)));
+        let mut logs = std::pin::pin!(self.logs(name, lines, false));
         while let Some(Ok(line)) = logs.next().await {
             text.push_str(&line.to_string());
         }
@@ -318,13 +344,8 @@ impl Docker {
     /// Prints what containers wrote, each line behind the container's name.
     pub async fn print_logs(&self, containers: &[Found], lines: u32, follow: bool) -> Result<()> {
         let logs = containers.iter().map(|container| {
-            let options = LogsOptionsBuilder::default()
-                .stdout(true)
-                .stderr(true)
-                .follow(follow)
-                .tail(&lines.to_string())
-                .build();
-            self.0.logs(&container.name, Some(options)).map_ok(|line| (container.name.as_str(), line)).boxed()
+            let name = container.name.as_str();
+            self.logs(name, lines, follow).map_ok(move |line| (name, line)).boxed()
         });
         let mut logs = futures_util::stream::select_all(logs);
         while let Some((name, line)) = logs.try_next().await.map_err(failed)? {

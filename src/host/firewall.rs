@@ -6,23 +6,28 @@ use serde_json::Value;
 use super::exec;
 use crate::error::Result;
 
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Firewall {
-    Ufw,
-    Firewalld,
     /// A base chain on the input hook that drops by policy: its family, table and name. Its ports are
     /// opened by a unit, for the chain's own file is loaded anew at each boot.
-    Nftables {
-        chain: String,
-    },
+    Nftables { chain: String },
+    #[serde(untagged)]
+    Manager(Manager),
+}
+
+/// One that is told by command which ports are open, and remembers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Manager {
+    Ufw,
+    Firewalld,
 }
 
 impl Firewall {
     pub fn name(&self) -> &'static str {
         match self {
-            Firewall::Ufw => "ufw",
-            Firewall::Firewalld => "firewalld",
+            Firewall::Manager(manager) => manager.name(),
             Firewall::Nftables { .. } => "nftables",
         }
     }
@@ -31,47 +36,53 @@ impl Firewall {
     pub async fn active() -> Result<Option<Self>> {
         let has = |program: &str| which::which(program).is_ok();
         if has("ufw") && exec::try_run(&["ufw", "status"]).await?.stdout.contains("Status: active") {
-            return Ok(Some(Firewall::Ufw));
+            return Ok(Some(Firewall::Manager(Manager::Ufw)));
         }
         if has("firewall-cmd") && firewalld_runs().await? {
-            return Ok(Some(Firewall::Firewalld));
+            return Ok(Some(Firewall::Manager(Manager::Firewalld)));
         }
         Ok(input_chain().await?.map(|chain| Firewall::Nftables { chain }))
     }
+}
 
-    /// Whether clients get to a port. Of the two that are told by command.
-    pub async fn is_open(&self, port: u16) -> Result<bool> {
+impl Manager {
+    pub fn name(self) -> &'static str {
+        match self {
+            Manager::Ufw => "ufw",
+            Manager::Firewalld => "firewalld",
+        }
+    }
+
+    /// Whether clients get to a port.
+    pub async fn is_open(self, port: u16) -> Result<bool> {
         let port_tcp = format!("{port}/tcp");
         Ok(match self {
-            Firewall::Ufw => {
+            Manager::Ufw => {
                 let status = exec::try_run(&["ufw", "status"]).await?.stdout;
                 status.lines().any(|l| l.starts_with(&format!("{port_tcp} ")) && l.contains("ALLOW"))
             }
-            Firewall::Firewalld => {
+            Manager::Firewalld => {
                 exec::try_run(&["firewall-cmd", "--permanent", &format!("--query-port={port_tcp}")]).await?.ok
             }
-            Firewall::Nftables { .. } => true,
         })
     }
 
-    pub async fn open(&self, port: u16) -> Result<()> {
+    pub async fn open(self, port: u16) -> Result<()> {
         let port_tcp = format!("{port}/tcp");
         match self {
-            Firewall::Ufw => exec::run(&["ufw", "allow", &port_tcp]).await.map(drop),
-            Firewall::Firewalld => firewalld("add", &port_tcp).await,
-            Firewall::Nftables { .. } => Ok(()),
+            Manager::Ufw => exec::run(&["ufw", "allow", &port_tcp]).await.map(drop),
+            Manager::Firewalld => firewalld("add", &port_tcp).await,
         }
     }
 
     /// Where the firewall is gone, so is its rule.
-    pub async fn close(&self, port: u16) -> Result<()> {
+    pub async fn close(self, port: u16) -> Result<()> {
         let port_tcp = format!("{port}/tcp");
         match self {
-            Firewall::Ufw if which::which("ufw").is_err() => Ok(()),
-            Firewall::Firewalld if which::which("firewall-cmd").is_err() => Ok(()),
-            Firewall::Ufw => exec::run(&["ufw", "delete", "allow", &port_tcp]).await.map(drop),
-            Firewall::Firewalld => firewalld("remove", &port_tcp).await,
-            Firewall::Nftables { .. } => Ok(()),
+            Manager::Ufw if which::which("ufw").is_err() => Ok(()),
+            Manager::Firewalld if which::which("firewall-cmd").is_err() => Ok(()),
+            Manager::Ufw => exec::run(&["ufw", "delete", "allow", &port_tcp]).await.map(drop),
+            Manager::Firewalld => firewalld("remove", &port_tcp).await,
         }
     }
 }

@@ -19,7 +19,10 @@ mod replay;
 pub mod secrets;
 pub mod systemd;
 
+use std::time::{Duration, Instant};
+
 use crate::bundle::Bundle;
+use crate::error::Result;
 use crate::ui::Ui;
 
 /// What carrying out a step needs besides the step itself.
@@ -27,4 +30,19 @@ pub struct Host<'a> {
     pub ui: &'a Ui,
     /// Present while a bundle is being applied.
     pub bundle: Option<&'a Bundle>,
+}
+
+/// Asks every so often until it goes well; after `limit` the last error stands.
+pub async fn until<T>(
+    limit: Duration,
+    every: Duration,
+    mut ask: impl AsyncFnMut() -> Result<T>,
+) -> Result<T> {
+    let start = Instant::now();
+    loop {
+        match ask().await {
+            Err(_) if start.elapsed() < limit => tokio::time::sleep(every).await,
+            other => return other,
+        }
+    }
 }

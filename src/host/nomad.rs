@@ -1,18 +1,20 @@
 //! Nomad: ACL, node, jobs, and why an allocation fails. HTTP API v1 on loopback.
 
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use reqwest::Method;
 use serde_json::{Value, json};
 
 use super::api::Api;
 use super::secrets::{self, Token};
-use super::{exec, fs, paths};
+use super::{exec, fs, paths, until};
 use crate::error::{Code, OrCode, Result};
 
 const READY: Duration = Duration::from_secs(90);
 const EVERY: Duration = Duration::from_millis(200);
+/// What zd calls its tokens; the first one has a name of Nomad's own.
+const TOKEN: &str = "zd";
 
 pub fn connect() -> Result<Api> {
     Api::nomad(Some(secrets::token(Token::NomadManagement)?))
@@ -45,23 +47,13 @@ async fn version_of(api: &Api) -> Result<String> {
 
 /// Waits for the leader, takes the ACL's first token, waits for the node and its docker driver.
 pub async fn set_up() -> Result<()> {
-    let start = Instant::now();
     let reset_file = Path::new(paths::NOMAD_DATA).join("server/acl-bootstrap-reset");
     let reset = |index: &str| fs::write(&reset_file, index.as_bytes(), 0o600, None);
-    while secrets::token(Token::NomadManagement).is_err() {
-        match bootstrap(&Api::nomad(None)?, reset).await {
-            Ok(secret) => secrets::keep(Token::NomadManagement, &secret)?,
-            Err(e) if start.elapsed() > READY => return Err(e),
-            Err(_) => tokio::time::sleep(EVERY).await,
-        }
+    if secrets::token(Token::NomadManagement).is_err() {
+        let secret = until(READY, EVERY, async || bootstrap(&Api::nomad(None)?, reset).await).await?;
+        secrets::keep(Token::NomadManagement, &secret)?;
     }
-    loop {
-        match version().await {
-            Ok(_) => return Ok(()),
-            Err(e) if start.elapsed() > READY => return Err(e),
-            Err(_) => tokio::time::sleep(EVERY).await,
-        }
-    }
+    until(READY, EVERY, async || version().await.map(drop)).await
 }
 
 /// Nomad names the first token itself. A run that was killed between its answer and our file has lost it:
@@ -78,6 +70,57 @@ async fn bootstrap(api: &Api, reset: impl FnOnce(&str) -> Result<()>) -> Result<
         reset(index)?;
     }
     Err(api.refused("/v1/acl/bootstrap", &reply))
+}
+
+/// Another management token, beside the present one; its file names the new one then.
+pub async fn renew_token() -> Result<()> {
+    let secret = another_token(&connect()?).await?;
+    secrets::keep(Token::NomadManagement, &secret)
+}
+
+async fn another_token(api: &Api) -> Result<String> {
+    let request = json!({ "Name": TOKEN, "Type": "management" });
+    let token = api.put("/v1/acl/token", &request).await?;
+    let secret = token["SecretID"].as_str().ok_or_else(|| Code::Stack.err("Nomad's token is empty"))?;
+    Ok(secret.to_owned())
+}
+
+/// Removes the tokens that were zd's before: Nomad's first one too, but nobody else's.
+pub async fn forget_old_tokens() -> Result<()> {
+    forget_others(&connect()?).await
+}
+
+async fn forget_others(api: &Api) -> Result<()> {
+    let current = api.get("/v1/acl/token/self").await?;
+    let tokens = api.get("/v1/acl/tokens").await?;
+    for token in tokens.as_array().into_iter().flatten() {
+        let ours = token["Name"] == TOKEN || token["Name"] == "Bootstrap Token";
+        if let (true, Some(id)) = (ours, token["AccessorID"].as_str())
+            && token["AccessorID"] != current["AccessorID"]
+        {
+            api.delete(&format!("/v1/acl/token/{id}")).await?;
+        }
+    }
+    Ok(())
+}
+
+/// The gossip key that stands in Nomad's configuration becomes the only one.
+pub async fn renew_gossip_key() -> Result<()> {
+    let config = secrets::private_config(paths::NOMAD_ETC)?;
+    use_gossip_key(&connect()?, config["server"]["encrypt"].as_str().unwrap_or_default()).await
+}
+
+async fn use_gossip_key(api: &Api, key: &str) -> Result<()> {
+    let change = async |verb: &str, key: &str| {
+        api.put(&format!("/v1/agent/keyring/{verb}"), &json!({ "Key": key })).await.map(drop)
+    };
+    change("install", key).await?;
+    change("use", key).await?;
+    let ring = api.get("/v1/agent/keyring/list").await?;
+    for (old, _) in ring["Keys"].as_object().into_iter().flatten().filter(|(known, _)| *known != key) {
+        change("remove", old).await?;
+    }
+    Ok(())
 }
 
 /// The job as it is registered; None where there is none, or one that was stopped.
@@ -272,6 +315,15 @@ mod tests {
             let job = replay.next_body()["Job"].clone();
             assert_eq!(differs(&api, id, &job).await.unwrap(), expected, "{recording}");
         }
+    }
+
+    #[tokio::test]
+    async fn tokens_and_gossip_keys_are_renewed() {
+        let (_replay, api) = replay(&["nomad-token-renew", "nomad-tokens-forget", "nomad-keyring"]).await;
+        assert_eq!(another_token(&api).await.unwrap(), "00000000-0000-4000-8000-000000000012");
+        // Nomad's first token goes, the site's stays.
+        forget_others(&api).await.unwrap();
+        use_gossip_key(&api, "MjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjI=").await.unwrap();
     }
 
     #[tokio::test]

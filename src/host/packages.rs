@@ -37,6 +37,13 @@ pub async fn is_installed(name: &str) -> Result<bool> {
     Ok(out.ok && out.stdout == "installed")
 }
 
+/// Installed version of the first of these, which the others belong to.
+pub async fn version(names: &[String]) -> Result<Option<String>> {
+    let Some(name) = names.first() else { return Ok(None) };
+    let out = exec::try_run(&["dpkg-query", "-W", "-f", "${Version}", name]).await?;
+    Ok((out.ok && !out.stdout.is_empty()).then_some(out.stdout))
+}
+
 fn apt(repository: &Path, more: &[&str]) -> Result<Vec<String>> {
     let lists = Path::new(SCRATCH).join("lists/partial");
     std::fs::create_dir_all(&lists).at(&lists)?;

@@ -42,6 +42,7 @@ pub const AUDIT_HEAD: &str = "/var/lib/zd/audit.head";
 pub const RUN: &str = "/run/zd";
 pub const LOCK: &str = "/run/zd/lock";
 
+pub const DOCKER_DATA: &str = "/var/lib/docker";
 pub const UNITS: &str = "/etc/systemd/system";
 pub const DOCKER_SOCKET: &str = "/var/run/docker.sock";
 
@@ -50,6 +51,11 @@ pub const REGISTRY_USER: &str = "zd-registry";
 pub const NGINX_USER: &str = "zd-nginx";
 pub const CONSUL_USER: &str = "zd-consul";
 pub const CONSUL_TEMPLATE_USER: &str = "zd-consul-template";
+
+/// Where Docker looks for the CA of a registry (dockerd(8), certs.d).
+pub fn docker_ca(registry: &str) -> PathBuf {
+    format!("/etc/docker/certs.d/{registry}/ca.crt").into()
+}
 
 pub fn generation(n: u32) -> PathBuf {
     format!("{GENERATIONS}/{n}").into()

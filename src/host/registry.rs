@@ -1,7 +1,7 @@
 //! The private registry: readiness, pushing straight from the bundle, what it holds.
 
 use std::io::Read;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::{StreamExt, TryStreamExt, stream};
@@ -11,7 +11,7 @@ use oci_client::secrets::RegistryAuth;
 use oci_client::{Client, Reference, RegistryOperation};
 
 use super::config::HostConfig;
-use super::{paths, secrets};
+use super::{paths, secrets, until};
 use crate::bundle::Bundle;
 use crate::bundle::lock::Image;
 use crate::bundle::manifest::ImageRef;
@@ -56,14 +56,7 @@ impl Registry {
 
     /// Waits until it answers.
     pub async fn ready(host: &HostConfig, limit: Duration) -> Result<()> {
-        let start = Instant::now();
-        loop {
-            match Self::connect(host).await {
-                Ok(_) => return Ok(()),
-                Err(e) if start.elapsed() > limit => return Err(e),
-                Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
-            }
-        }
+        until(limit, Duration::from_millis(50), async || Self::connect(host).await.map(drop)).await
     }
 
     fn reference(&self, name: &str, tag: &str) -> Result<Reference> {

@@ -13,6 +13,8 @@ use rcgen::{
 };
 use serde::{Deserialize, Serialize};
 use serde_json::json;
+use x509_parser::pem::parse_x509_pem;
+use x509_parser::time::ASN1Time;
 
 use super::{fs, paths};
 use crate::error::{At, Code, OrCode, Result};
@@ -67,6 +69,15 @@ pub enum Token {
 }
 
 impl Token {
+    /// Those of Consul: the first one, which makes the others, and one for each of its users.
+    pub const CONSUL: [Token; 5] = [
+        Token::ConsulManagement,
+        Token::ConsulAgent,
+        Token::ConsulNomad,
+        Token::ConsulTemplate,
+        Token::ConsulZd,
+    ];
+
     pub fn name(self) -> &'static str {
         match self {
             Token::ConsulManagement => "consul-management",
@@ -108,6 +119,11 @@ impl Secret {
             Secret::NomadPrivate => vec![Path::new(paths::NOMAD_ETC).join(PRIVATE)],
             Secret::ConsulTemplatePrivate => vec![Path::new(paths::CONSUL_TEMPLATE_ETC).join(PRIVATE)],
         }
+    }
+
+    /// Certificates that zd has made, where they are needed.
+    pub fn certificates() -> [PathBuf; 3] {
+        [paths::CA.into(), Path::new(paths::REGISTRY_ETC).join("tls.crt"), paths::NOMAD_CERT.into()]
     }
 
     pub fn make(&self) -> Result<()> {
@@ -175,8 +191,28 @@ impl Secret {
     }
 }
 
+/// The private part of a configuration.
+pub fn private_config(etc: &str) -> Result<serde_json::Value> {
+    let path = Path::new(etc).join(PRIVATE);
+    serde_json::from_slice(&std::fs::read(&path).at(&path)?).or_code(Code::Io, path.display())
+}
+
 pub fn registry_password() -> Result<String> {
     std::fs::read_to_string(paths::REGISTRY_PASSWORD).at(paths::REGISTRY_PASSWORD)
+}
+
+/// From when until when a certificate holds (PEM, RFC 5280 section 4.1.2.5).
+pub fn validity(path: &Path) -> Result<(Timestamp, Timestamp)> {
+    let bytes = std::fs::read(path).at(path)?;
+    let bad = |e: String| {
+        Code::Io
+            .err(format!("{} is no certificate: {e}", path.display()))
+            .cure("put the file back from a backup")
+    };
+    let (_, pem) = parse_x509_pem(&bytes).map_err(|e| bad(e.to_string()))?;
+    let validity = pem.parse_x509().map_err(|e| bad(e.to_string()))?.validity.clone();
+    let at = |time: ASN1Time| Timestamp::from_second(time.timestamp()).or_code(Code::Io, path.display());
+    Ok((at(validity.not_before)?, at(validity.not_after)?))
 }
 
 /// Bytes from the kernel.
@@ -188,7 +224,7 @@ fn random<const N: usize>() -> Result<[u8; N]> {
 }
 
 /// The form of Consul's and Nomad's tokens (RFC 9562, version 4).
-fn uuid() -> Result<String> {
+pub fn uuid() -> Result<String> {
     let mut bytes = random::<16>()?;
     bytes[6] = bytes[6] & 0x0f | 0x40;
     bytes[8] = bytes[8] & 0x3f | 0x80;

@@ -1,5 +1,7 @@
 //! systemd through systemctl(1).
 
+use std::time::Duration;
+
 use super::exec;
 use crate::error::{Code, Result};
 
@@ -11,9 +13,19 @@ pub async fn is_active(unit: &str) -> Result<bool> {
     Ok(says("is-active", unit).await? == "active")
 }
 
-/// `active`, `inactive`, `failed`, `activating`, …
-pub async fn state(unit: &str) -> Result<String> {
-    says("is-active", unit).await
+/// `active`, `inactive`, `failed`, `activating`, …; and for how long it has been active.
+pub async fn state(unit: &str) -> Result<(String, Option<Duration>)> {
+    let shown = ["--property=ActiveState", "--property=ActiveEnterTimestampMonotonic"];
+    let out = exec::try_run(&["systemctl", "show", shown[0], shown[1], unit]).await?.stdout;
+    let value = |key: &str| out.lines().find_map(|l| l.strip_prefix(key)?.strip_prefix('='));
+    let state = value("ActiveState").unwrap_or("unknown").to_owned();
+    let entered = value("ActiveEnterTimestampMonotonic").and_then(|us| us.parse().ok());
+    let now = Duration::try_from(rustix::time::clock_gettime(rustix::time::ClockId::Monotonic));
+    let uptime = match (entered.filter(|_| state == "active"), now) {
+        (Some(entered), Ok(now)) => now.checked_sub(Duration::from_micros(entered)),
+        _ => None,
+    };
+    Ok((state, uptime))
 }
 
 pub async fn is_enabled(unit: &str) -> Result<bool> {
@@ -42,6 +54,11 @@ pub async fn start(unit: &str) -> Result<()> {
     Err(Code::Command.err(format!("{unit} does not start: {}", exec::last_lines(&log, 8))).cure(format!(
         "mend what it says, then run the same command again; `journalctl -u {unit}` shows more"
     )))
+}
+
+pub async fn restart(unit: &str) -> Result<()> {
+    stop(unit).await?;
+    start(unit).await
 }
 
 pub async fn stop(unit: &str) -> Result<()> {

@@ -171,9 +171,9 @@ impl Builder {
             }
             self.push(Step::Dir { path: dir.into(), mode: 0o755, owner: None, keep: Keep::Shared });
         }
-        let certs = Path::new("/etc/docker/certs.d").join(host.registry());
-        self.dir(&certs, 0o755);
-        self.push(Step::TrustCa { path: certs.join("ca.crt") });
+        let ca = paths::docker_ca(&host.registry());
+        self.dir(ca.parent().unwrap_or(&ca), 0o755);
+        self.push(Step::TrustCa { path: ca });
         let etc = paths::REGISTRY_ETC;
         // JSON is YAML: nothing to escape (distribution's configuration reference).
         let config = serde_json::json!({
@@ -212,11 +212,11 @@ impl Builder {
         let base = paths::service(name);
         self.dir(&base, 0o755);
         self.owned_dir(base.join("tmp"), 0o700, NGINX_USER, Keep::Ours);
-        for (dir, file) in
-            [("blue", "blue"), ("green", "green"), ("hold-blue", "held-blue"), ("hold-green", "held-green")]
-        {
-            self.dir(base.join(dir), 0o755);
-            self.file(base.join(dir).join(file), "");
+        for slot in Slot::BOTH {
+            let held = format!("held-{slot}");
+            self.marks(base.join(slot.as_str()), &[slot.as_str()]);
+            self.marks(base.join(format!("hold-{slot}")), &[&held]);
+            self.marks(base.join(format!("close-{slot}")), &[&held, "closing"]);
         }
         self.push(Step::Pointer { service: name.clone(), slot: Slot::Blue });
         let reference = ImageRef { name: service.image.clone(), version: service.version.clone() };
@@ -233,9 +233,17 @@ impl Builder {
             self.steps.extend(slot::fill(installed, service, slot, &reference, &digest)?);
         }
         if installed.lock.engine == Engine::Nomad {
-            self.published(installed, service);
+            self.push(slot::pools_key(installed, service));
         }
         Ok(())
+    }
+
+    /// A folder that the pointer can name, and the empty files that nginx looks for there.
+    fn marks(&mut self, dir: PathBuf, files: &[&str]) {
+        self.dir(&dir, 0o755);
+        for file in files {
+            self.file(dir.join(file), "");
+        }
     }
 
     /// nginx before the slots.
@@ -275,8 +283,8 @@ impl Builder {
                 self.unit_file("zd-firewall.service", unit);
                 self.push(Step::Unit { name: "zd-firewall.service".into() });
             }
-            Some(kind) => {
-                self.steps.extend(ports.map(|port| Step::Firewall { kind: kind.clone(), port }));
+            Some(Firewall::Manager(manager)) => {
+                self.steps.extend(ports.map(|port| Step::Firewall { kind: *manager, port }));
             }
         }
         Ok(())

@@ -3,8 +3,9 @@
 pub mod deploy;
 pub mod install;
 pub mod preflight;
+pub mod scale;
 pub mod slot;
-mod stack;
+pub mod stack;
 
 use std::path::PathBuf;
 
@@ -12,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::host::docker::Container;
-use crate::host::firewall::Firewall;
+use crate::host::firewall::Manager;
 use crate::host::packages::Leftovers;
 use crate::host::paths;
 use crate::host::secrets::Secret;
@@ -85,6 +86,20 @@ pub enum Step {
     Pools {
         service: Name,
     },
+    /// Pools that consul-template has written anew, loaded without a client noticing.
+    LoadPools {
+        service: Name,
+    },
+    /// The gate configuration, where it carries the pools itself; loaded without a client noticing.
+    Gate {
+        service: Name,
+        text: String,
+    },
+    /// Containers of each slot, in the service's state.
+    Instances {
+        service: Name,
+        instances: u8,
+    },
     /// A key of Consul's store.
     Key {
         key: String,
@@ -99,6 +114,12 @@ pub enum Step {
     Container(Container),
     /// A slot's job in Nomad.
     Job {
+        service: Name,
+        slot: Slot,
+        job: Value,
+    },
+    /// A slot's job with another number of groups: those that are in both are not touched.
+    Resize {
         service: Name,
         slot: Slot,
         job: Value,
@@ -118,7 +139,7 @@ pub enum Step {
         service: Name,
         slot: Slot,
     },
-    /// Parked containers of the slot are no longer needed: after this there is no way back.
+    /// Containers that are no longer needed: after this there is no way back.
     Retire {
         containers: Vec<String>,
     },
@@ -130,7 +151,7 @@ pub enum Step {
         digest: Digest,
     },
     Firewall {
-        kind: Firewall,
+        kind: Manager,
         port: u16,
     },
 }
@@ -166,6 +187,13 @@ impl Step {
             Step::Consul { .. } => "Consul has a leader and its ACL".into(),
             Step::Nomad => "Nomad has a leader, its ACL and a healthy docker driver".into(),
             Step::Pools { service } => format!("pools of {service} from consul-template"),
+            Step::LoadPools { service } => format!("nginx of {service} has loaded its new pools"),
+            Step::Gate { service, .. } => format!("nginx of {service} has loaded its new configuration"),
+            Step::Instances { service, instances } => format!("{service} recorded with {instances} per slot"),
+            Step::Resize { service, slot, job } => {
+                let groups = job["TaskGroups"].as_array().map_or(0, Vec::len);
+                format!("Nomad job {} with {groups} groups", paths::job(service, *slot))
+            }
             Step::Key { key, .. } => format!("Consul key {key}"),
             Step::Job { service, slot, job } => {
                 let version = job["Meta"]["zd_version"].as_str().unwrap_or("?");
@@ -179,7 +207,7 @@ impl Step {
             Step::Pointer { service, slot } => format!("{service} points to {slot}"),
             Step::Serving { service, slot } => format!("{service} serves from {slot}"),
             Step::Retire { containers } => {
-                format!("container before no longer kept: {}", containers.join(" "))
+                format!("containers no longer kept: {}", containers.join(" "))
             }
             Step::Record { service, slot, version, .. } => format!("{service} {slot} recorded as {version}"),
             Step::Firewall { kind, port } => format!("{} lets tcp {port} in", kind.name()),
@@ -248,6 +276,22 @@ pub enum Undo {
         slot: Slot,
         job: Value,
     },
+    /// The job as it was, registered over the present one: what is in both is not touched.
+    ResizeBack {
+        service: Name,
+        slot: Slot,
+        job: Value,
+    },
+    /// A key of Consul's store as it was.
+    PutBackKey {
+        key: String,
+        value: Value,
+    },
+    /// The gate configuration as it was, loaded.
+    PutBackGate {
+        service: Name,
+        text: String,
+    },
     /// No way back from here: an interrupted plan that came this far is finished instead.
     FinishRemoving {
         containers: Vec<String>,
@@ -262,7 +306,7 @@ pub enum Undo {
         text: String,
     },
     CloseFirewall {
-        kind: Firewall,
+        kind: Manager,
         port: u16,
     },
 }

@@ -218,7 +218,7 @@ fn disks(wants: &Wants, found: &mut Vec<Finding>) -> Result<()> {
         (paths::OPT, sizes(Role::Deb) + sizes(Role::AptIndex) + sizes(Role::Binary) + (64 << 20)),
         ("/usr", wants.packages_installed),
         (paths::VAR, images),
-        ("/var/lib/docker", unpacked),
+        (paths::DOCKER_DATA, unpacked),
     ];
     let mut by_device: BTreeMap<u64, (u64, u64, Vec<&str>)> = BTreeMap::new();
     for (path, need) in needs {

@@ -8,7 +8,7 @@ use crate::bundle::manifest::{Engine, ImageRef, Service};
 use crate::error::Result;
 use crate::host::config::Installed;
 use crate::host::docker::{Container, parked};
-use crate::host::paths;
+use crate::host::{nginx, paths};
 use crate::ids::{Digest, Slot};
 
 /// Megabytes that Nomad counts for a container where the manifest sets no limit, and a limit that is none.
@@ -52,7 +52,7 @@ pub fn retire(installed: &Installed, service: &Service, slot: Slot) -> Option<St
     }
 }
 
-fn containers(
+pub fn containers(
     installed: &Installed,
     service: &Service,
     slot: Slot,
@@ -101,4 +101,9 @@ pub fn job(
         "memory_limit_mb": if service.memory_mb == 0 { NO_LIMIT_MB } else { service.memory_mb },
     });
     assets::json("job.json", assets::JOB, variables)
+}
+
+/// What Consul is told of both pools, for consul-template.
+pub fn pools_key(installed: &Installed, service: &Service) -> Step {
+    Step::Key { key: nginx::pools_key(&service.name), value: nginx::pools(installed, service) }
 }

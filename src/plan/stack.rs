@@ -8,7 +8,7 @@ use super::install::{Builder, Inputs};
 use super::{Keep, Step};
 use crate::assets;
 use crate::bundle::Lock;
-use crate::bundle::manifest::{Product, Service};
+use crate::bundle::manifest::Product;
 use crate::error::{Code, Result};
 use crate::host::config::Installed;
 use crate::host::nginx;
@@ -33,13 +33,7 @@ impl Builder {
         self.push(Step::User { name: CONSUL_USER.into(), home: paths::CONSUL_DATA.into() });
         self.owned_dir(paths::CONSUL_DATA, 0o750, CONSUL_USER, Keep::Ours);
         self.owned_dir(etc, 0o750, CONSUL_USER, Keep::Ours);
-        for token in [
-            Token::ConsulManagement,
-            Token::ConsulAgent,
-            Token::ConsulNomad,
-            Token::ConsulTemplate,
-            Token::ConsulZd,
-        ] {
+        for token in Token::CONSUL {
             self.push(Step::Secret(Secret::Token(token)));
         }
         self.push(Step::Secret(Secret::ConsulPrivate { management: management(&installed.lock)? }));
@@ -114,16 +108,10 @@ impl Builder {
         self.push(Step::Unit { name: name.into() });
         Ok(())
     }
-
-    /// What Consul is told of a service.
-    pub(super) fn published(&mut self, installed: &Installed, service: &Service) {
-        let pools = nginx::pools(installed, service);
-        self.push(Step::Key { key: format!("zd/services/{}/pools", service.name), value: pools });
-    }
 }
 
 /// What the version of Consul in the bundle calls its first token: `initial_management` since 1.11.
-fn management(lock: &Lock) -> Result<String> {
+pub fn management(lock: &Lock) -> Result<String> {
     Ok(if consul_version(lock)? >= (1, 11) { "initial_management" } else { "master" }.into())
 }
 

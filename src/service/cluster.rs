@@ -78,7 +78,7 @@ pub fn is_behind(service: &Name) -> Result<bool> {
 pub async fn difference(installed: &Installed, service: &Service) -> Result<Option<(String, String)>> {
     let api = consul::zd()?;
     let name = &service.name;
-    let pools = format!("zd/services/{name}/pools");
+    let pools = nginx::pools_key(name);
     if consul::read(&api, &pools).await?.0 != nginx::pools(installed, service) {
         let what = format!("Consul key {pools} is not what this host was installed with");
         return Ok(Some((

@@ -4,5 +4,6 @@ pub mod cluster;
 pub mod gate;
 pub mod health;
 pub mod pointer;
+pub mod reload;
 pub mod state;
 pub mod switch;

@@ -12,6 +12,8 @@ pub enum Pointer {
     Active(Slot),
     /// New requests go to the gate; if the gate is gone, to this slot.
     Held(Slot),
+    /// This slot serves, and each answer closes its connection.
+    Closing(Slot),
 }
 
 impl Pointer {
@@ -20,13 +22,14 @@ impl Pointer {
         match self {
             Pointer::Active(slot) => slot.to_string(),
             Pointer::Held(slot) => format!("hold-{slot}"),
+            Pointer::Closing(slot) => format!("close-{slot}"),
         }
     }
 
     /// The slot that serves.
     pub fn slot(self) -> Slot {
         match self {
-            Pointer::Active(slot) | Pointer::Held(slot) => slot,
+            Pointer::Active(slot) | Pointer::Held(slot) | Pointer::Closing(slot) => slot,
         }
     }
 }
@@ -38,7 +41,8 @@ pub fn link(service: &Name) -> PathBuf {
 pub fn read(service: &Name) -> Result<Pointer> {
     let path = link(service);
     let target = std::fs::read_link(&path).at(&path)?;
-    let all = Slot::BOTH.into_iter().flat_map(|s| [Pointer::Active(s), Pointer::Held(s)]);
+    let all =
+        Slot::BOTH.into_iter().flat_map(|s| [Pointer::Active(s), Pointer::Held(s), Pointer::Closing(s)]);
     all.into_iter().find(|p| target == Path::new(&p.folder())).ok_or_else(|| {
         Code::Nginx.err(format!("{} points to {}, which is no slot", path.display(), target.display())).cure(
             format!(
@@ -59,11 +63,11 @@ pub fn swap(service: &Name, pointer: Pointer) -> Result<()> {
     fs::swap_link(&link(service), Path::new(&pointer.folder()))
 }
 
-/// A zd that was killed while it held requests leaves the hold behind: its slot serves on through
-/// nginx's way out, a little slower. Call it while holding the lock. Tells whether there was one.
+/// A zd that was killed while it held requests, or had connections closed, leaves that behind: its slot
+/// serves on through nginx's way out, a little slower. Call it while holding the lock. Tells whether there was one.
 pub fn release_stale_hold(service: &Name) -> Result<bool> {
     match read(service)? {
         Pointer::Active(_) => Ok(false),
-        Pointer::Held(slot) => set(service, Pointer::Active(slot)).map(|()| true),
+        Pointer::Held(slot) | Pointer::Closing(slot) => set(service, Pointer::Active(slot)).map(|()| true),
     }
 }

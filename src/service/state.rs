@@ -24,6 +24,9 @@ pub struct State {
     /// Consul was away when this was recorded, and has to be told.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub unpublished: bool,
+    /// Containers of each slot since the last scale; the manifest's number before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub instances: Option<u8>,
     /// Where `rollback` goes.
     pub previous: Option<Release>,
 }
@@ -38,9 +41,16 @@ pub struct Filled {
 
 impl Default for State {
     fn default() -> Self {
-        let (active_since, active_by, previous) = (None, None, None);
-        let (slots, unpublished) = (BTreeMap::new(), false);
-        Self { schema: 1, slots, active: blue(), active_since, active_by, unpublished, previous }
+        Self {
+            schema: 1,
+            slots: BTreeMap::new(),
+            active: blue(),
+            active_since: None,
+            active_by: None,
+            unpublished: false,
+            instances: None,
+            previous: None,
+        }
     }
 }
 

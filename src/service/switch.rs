@@ -13,9 +13,10 @@ use super::pointer::{self, Pointer};
 use super::state::State;
 use crate::audit::{self, Event, Release};
 use crate::bundle::manifest::Service;
-use crate::error::{Code, Error, Result};
+use crate::error::{Code, Result};
 use crate::failpoint;
 use crate::host::config::Installed;
+use crate::host::nginx::Status;
 use crate::host::{fs, http, paths};
 use crate::ids::{Name, Slot};
 
@@ -134,7 +135,7 @@ pub fn settle_killed(service: &Name) -> Result<()> {
         })
     };
     if pointer::release_stale_hold(service)? {
-        recovered("a switch was killed while it held requests; its old slot serves on".into())?;
+        recovered("a switch or a reload was killed half way; the slot that was active serves on".into())?;
     }
     let active = pointer::read(service)?.slot();
     let mut state = State::read(service)?;
@@ -196,9 +197,8 @@ async fn check_standby(installed: &Installed, service: &Service, to: Slot) -> Re
 /// flip all go to the old slot and nothing has changed. Returns how long requests were held.
 async fn hold_and_flip(service: &Service, gate: &Gate, from: Slot, to: Slot) -> Result<Duration> {
     let name = &service.name;
-    let status = paths::run(name).join("status.sock");
-    let mut status = http::Connection::unix(&status).await.map_err(|why| no_status(name, &why))?;
-    writing(&mut status, name).await?;
+    let mut status = Status::open(name).await?;
+    status.read().await?;
     let start = Instant::now();
     pointer::swap(name, Pointer::Held(from))?;
     failpoint::reach("switch:held");
@@ -222,14 +222,13 @@ async fn hold_and_flip(service: &Service, gate: &Gate, from: Slot, to: Slot) -> 
     Ok(start.elapsed())
 }
 
-async fn drain(service: &Service, gate: &Gate, status: &mut http::Connection, start: Instant) -> Result<()> {
+async fn drain(service: &Service, gate: &Gate, status: &mut Status, start: Instant) -> Result<()> {
     let limit = Duration::from_millis(service.drain_ms.into());
     loop {
         // In this order, and only those that were there before nginx counted: one that arrives between
         // the two looks must not hide an old request. The status request counts itself.
         let arrived = gate.arrived();
-        let writing = writing(status, &service.name).await?;
-        let old = writing.saturating_sub(gate.waiting_of(arrived) as u64 + 1);
+        let old = status.read().await?.writing.saturating_sub(gate.waiting_of(arrived) as u64 + 1);
         if old == 0 {
             return Ok(());
         }
@@ -243,19 +242,6 @@ async fn drain(service: &Service, gate: &Gate, status: &mut http::Connection, st
         }
         tokio::time::sleep(POLL).await;
     }
-}
-
-fn no_status(service: &Name, why: &str) -> Error {
-    Code::Nginx
-        .err(format!("nginx of {service} does not say how many requests it serves: {why}"))
-        .cure(format!("see `systemctl status {}`", paths::nginx_unit(service)))
-}
-
-/// Requests whose answer nginx has not finished (`Writing` of stub_status), this one included.
-async fn writing(status: &mut http::Connection, service: &Name) -> Result<u64> {
-    let answer = status.get("localhost", "/").await.map_err(|why| no_status(service, &why))?;
-    let number = answer.body.split("Writing:").nth(1).and_then(|t| t.split_whitespace().next()?.parse().ok());
-    number.ok_or_else(|| no_status(service, "its status page is not as expected"))
 }
 
 /// Waits until nobody is at the gate any more.

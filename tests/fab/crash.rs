@@ -1,6 +1,6 @@
 //! kill -9 of zd: in the middle of switches, and after every journal entry of an install.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::host::{Host, clean, differences, stick};
 
@@ -14,47 +14,58 @@ fn killed_in_the_middle_of_a_switch() {
     host.zd(&["switch"]).ok();
     let mut seed = 0x2545_f491_4f6c_dd1du64;
     let (mut held, mut flipped) = (0, 0);
+    let seconds = 50;
+    let load = host.spawn(&[
+        "zd",
+        "-q",
+        "loadtest",
+        &format!("http://{}/hello", host.ip),
+        "--rate",
+        "1000",
+        "--duration",
+        &format!("{seconds}s"),
+        "--mode",
+        "mixed",
+        "--method",
+        "mixed",
+        "--json",
+    ]);
+    std::thread::sleep(Duration::from_millis(1000));
+    let start = Instant::now();
+    let mut changes = 0;
     for round in 0..20 {
         seed ^= seed << 13;
         seed ^= seed >> 7;
         seed ^= seed << 17;
         let after = Duration::from_micros(seed % ((whole * 700.0) as u64));
         let before = host.active();
-        let load = host.spawn(&[
-            "zd",
-            "-q",
-            "loadtest",
-            &format!("http://{}/hello", host.ip),
-            "--rate",
-            "1000",
-            "--duration",
-            "3s",
-            "--mode",
-            "mixed",
-            "--method",
-            "mixed",
-            "--json",
-        ]);
-        std::thread::sleep(Duration::from_millis(1000));
         host.sh(&format!(
             "zd -q switch >/dev/null 2>&1 & p=$!; sleep {:.6}; kill -9 $p || true; wait",
             after.as_secs_f64()
         ));
-        let link = host.sh("readlink /var/lib/zd/services/hello/active");
-        held += usize::from(link.starts_with("hold"));
-        let said = load.wait();
-        let report = said.json();
-        assert_eq!(report["failed"], 0, "round {round} after {after:?}, pointer {link}: {report:#}");
-        let changes = report["changes"].as_array().unwrap().len();
-        assert!(changes <= 1 && report["mixed"] == 0, "round {round}: {report:#}");
+        held += usize::from(host.sh("readlink /var/lib/zd/services/hello/active").starts_with("hold"));
         let now = host.active();
-        assert_eq!(changes == 1, now != before, "round {round}: what clients saw is what status says");
+        assert!(["blue", "green"].contains(&now.as_str()), "round {round} after {after:?}: {now}");
         flipped += usize::from(now != before);
+        std::thread::sleep(Duration::from_millis(300));
         // The next command works.
         let to = if now == "blue" { "green" } else { "blue" };
         host.zd(&["switch", "--to", to]).ok();
+        changes += usize::from(now != before) + 1;
+        std::thread::sleep(Duration::from_millis(300));
     }
-    println!("20 kills: {held} found holding, {flipped} after the flip; 0 failed, 0 mixed");
+    assert!(
+        start.elapsed().as_secs() + 2 < seconds,
+        "the kills do not fit into the load: {:?}",
+        start.elapsed()
+    );
+    let report = clean(load);
+    let seen = report["changes"].as_array().unwrap().len();
+    assert_eq!(seen, changes, "what clients saw is what status says");
+    println!(
+        "20 kills, {} requests: {held} found holding, {flipped} after the flip; 0 failed, 0 mixed",
+        report["requests"]
+    );
 
     // The moments that matter most are too short to be hit by chance.
     for (at, moved) in [("held", false), ("flipped", true), ("released", true)] {

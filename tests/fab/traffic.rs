@@ -72,7 +72,7 @@ fn slow_services() {
 
 #[test]
 #[ignore = "boots a host"]
-fn a_large_upload_during_the_hold_and_docker_stopped() {
+fn large_uploads_scaling_and_docker_stopped() {
     let host = Host::installed("uploads");
     host.zd(&["deploy", "v2"]).ok();
     // Bodies larger than nginx's buffers, while switching.
@@ -82,6 +82,7 @@ fn a_large_upload_during_the_hold_and_docker_stopped() {
         host.zd(&["switch", "--drain", "10s"]).ok();
     }
     clean(load);
+    scales(&host);
     // Nothing that serves needs dockerd or the registry to be up.
     let load = host.load(500, 10, 0, &[]);
     std::thread::sleep(std::time::Duration::from_secs(1));
@@ -89,4 +90,34 @@ fn a_large_upload_during_the_hold_and_docker_stopped() {
     std::thread::sleep(std::time::Duration::from_secs(3));
     host.sh("systemctl start docker.socket docker zd-registry");
     clean(load);
+}
+
+/// More containers and fewer under load, with both kinds of connections: no request fails, what stays is
+/// not touched, and nginx spreads over what is there.
+pub fn scales(host: &Host) {
+    let load = host.load(1000, 24, 0, &["--mode", "mixed", "--method", "mixed"]);
+    std::thread::sleep(std::time::Duration::from_secs(1));
+    let two = host.containers();
+    assert_eq!(two.lines().count(), 4);
+    let more = host.zd(&["scale", "hello", "4", "--reason", "ticket 5", "--json"]).ok().json();
+    assert_eq!((&more["from"], &more["to"]), (&2.into(), &4.into()));
+    let four = host.containers();
+    assert_eq!(four.lines().count(), 8, "{four}");
+    assert!(two.lines().all(|l| four.contains(l)), "those that stay are the same:\n{two}\n{four}");
+    // Killed half way, then taken back by the next command.
+    let died = host.run_env(&[("ZD_FAILPOINT", "journal:4")], &["zd", "scale", "hello", "5"]);
+    assert_ne!(died.code, 0, "{died:?}");
+    host.zd(&["scale", "hello", "1"]).ok();
+    let one = host.containers();
+    assert_eq!(one.lines().count(), 2, "{one}");
+    assert!(one.lines().all(|l| two.contains(l)), "those that stay are the same:\n{two}\n{one}");
+    let report = clean(load);
+    println!("scale 2, 4, 1 at 1,000/s: 0 failed; latency {}", report["latency_ms"]);
+    let status = host.zd(&["status", "--json"]).ok().json();
+    assert_eq!(status["drift"].as_array().unwrap().len(), 0, "{}", status["drift"]);
+    assert_eq!(host.run(&["/stick/zd", "install", "--json"]).ok().json()["changed"], 0);
+    let too_many = host.zd(&["scale", "hello", "10"]);
+    assert!(too_many.code == 2 && too_many.err.contains("1..=9"), "{too_many:?}");
+    host.zd(&["scale", "hello", "2"]).ok();
+    assert!(host.zd(&["history"]).ok().out.contains("ticket 5"));
 }

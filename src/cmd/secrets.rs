@@ -1,0 +1,154 @@
+//! `zd secrets rotate`: every secret that zd has made on this host is made anew. Traffic needs none of
+//! them. A run that was broken off is simply run again: only then are the secrets before it worth nothing.
+
+use std::time::Duration;
+
+use serde::Serialize;
+
+use super::ChangeArgs;
+use super::deploy::settle_interrupted;
+use crate::audit::{self, Event};
+use crate::bundle::manifest::Engine;
+use crate::error::{At, Result};
+use crate::failpoint;
+use crate::host::config::Installed;
+use crate::host::lock::HostLock;
+use crate::host::registry::Registry;
+use crate::host::secrets::Secret;
+use crate::host::{Host, consul, fs, nomad, paths, systemd};
+use crate::plan::stack;
+use crate::ui::Ui;
+
+/// How long the registry may take to answer after its restart.
+const READY: Duration = Duration::from_secs(30);
+
+/// Make the secrets of this host anew
+#[derive(clap::Args)]
+#[command(after_help = "Examples:\n  zd secrets rotate --reason 'quarterly'\n  zd secrets rotate --dry-run")]
+pub struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(clap::Subcommand)]
+enum Command {
+    /// New password, certificates, tokens and gossip keys; the old ones are worth nothing afterwards
+    Rotate(ChangeArgs),
+}
+
+#[derive(Serialize)]
+struct Report {
+    rotated: Vec<&'static str>,
+    restarted: Vec<&'static str>,
+}
+
+const REGISTRY: [&str; 3] = ["private CA", "registry certificate", "registry password"];
+const STACK: [&str; 6] = [
+    "Nomad certificate",
+    "Consul tokens",
+    "Consul gossip key",
+    "Nomad token",
+    "Nomad gossip key",
+    "registry account of Nomad",
+];
+
+pub async fn run(args: Args, ui: &Ui) -> Result<()> {
+    let Command::Rotate(change) = args.command;
+    let _lock = if change.dry_run { None } else { Some(HostLock::take("secrets rotate")?) };
+    if !change.dry_run {
+        settle_interrupted(&Host { ui, bundle: None }).await?;
+    }
+    let installed = Installed::require()?;
+    let full_stack = installed.lock.engine == Engine::Nomad;
+    let mut report = Report { rotated: REGISTRY.into(), restarted: vec!["zd-registry"] };
+    if full_stack {
+        report.rotated.extend(STACK);
+        report.restarted.extend(["consul", "nomad", "consul-template"]);
+    }
+    if change.dry_run {
+        ui.report(&report, |r| {
+            format!("rotate {}\nrestart {}", r.rotated.join(", "), r.restarted.join(", "))
+        });
+        return Ok(());
+    }
+    let question = "make all secrets anew, and restart what uses them? What serves goes on";
+    ui.confirm(question, change.yes)?;
+    let event = |outcome, detail| {
+        let reason = change.reason.as_str();
+        audit::append(Event { verb: "secrets rotate", outcome, reason, detail, ..Event::default() })
+    };
+    let rotated = async {
+        if full_stack {
+            tokens(&installed, ui).await?;
+        }
+        certificates(&installed, full_stack, ui).await?;
+        if full_stack { forget_old_tokens().await } else { Ok(()) }
+    };
+    if let Err(e) = rotated.await {
+        event("failed", e.what.clone())?;
+        return Err(e);
+    }
+    event("done", report.rotated.join(", "))?;
+    ui.report(&report, |r| {
+        format!(
+            "rotated {}\nrestarted {}; what serves was not touched",
+            r.rotated.join(", "),
+            r.restarted.join(", ")
+        )
+    });
+    Ok(())
+}
+
+/// New tokens and gossip keys beside the old ones, which hold until the end.
+async fn tokens(installed: &Installed, ui: &Ui) -> Result<()> {
+    if nomad::version().await.is_err() {
+        // A run that was broken off has left it with a certificate of the CA before.
+        Secret::NomadCertificate.make()?;
+        systemd::restart("nomad.service").await?;
+        nomad::set_up().await?;
+    }
+    consul::renew_tokens(&installed.host.node()).await?;
+    nomad::renew_token().await?;
+    Secret::ConsulPrivate { management: stack::management(&installed.lock)? }.make()?;
+    Secret::ConsulTemplatePrivate.make()?;
+    Secret::NomadPrivate.make()?;
+    consul::renew_gossip_key().await?;
+    nomad::renew_gossip_key().await?;
+    systemd::restart("consul.service").await?;
+    consul::set_up(&installed.host.node()).await?;
+    systemd::restart("consul-template.service").await?;
+    ui.done("Consul and Nomad have new tokens and gossip keys");
+    Ok(())
+}
+
+async fn certificates(installed: &Installed, full_stack: bool, ui: &Ui) -> Result<()> {
+    let host = &installed.host;
+    for secret in [
+        Secret::Ca,
+        Secret::RegistryCertificate { ip: host.ip.into() },
+        Secret::RegistryPassword,
+        Secret::Htpasswd,
+    ] {
+        secret.make()?;
+        if secret == Secret::Ca {
+            failpoint::reach("rotate:ca");
+        }
+    }
+    fs::write(&paths::docker_ca(&host.registry()), &std::fs::read(paths::CA).at(paths::CA)?, 0o644, None)?;
+    systemd::restart("zd-registry.service").await?;
+    Registry::ready(host, READY).await?;
+    ui.done("the registry has its new certificate and password");
+    if full_stack {
+        Secret::DockerAuth { registry: host.registry() }.make()?;
+        Secret::NomadCertificate.make()?;
+        systemd::restart("nomad.service").await?;
+        nomad::set_up().await?;
+        ui.done("Nomad has its new certificate and registry account");
+    }
+    Ok(())
+}
+
+async fn forget_old_tokens() -> Result<()> {
+    consul::forget_old_tokens().await?;
+    nomad::forget_old_tokens().await
+}
