@@ -171,15 +171,7 @@ impl Host {
 
     pub fn copy_in(&self, from: &Path, to: &str) {
         let to = format!("{}:{to}", self.name);
-        assert!(
-            Command::new("docker")
-                .args(["cp", "-q"])
-                .arg(from)
-                .arg(&to)
-                .status()
-                .expect("docker cp")
-                .success()
-        );
+        said(Command::new("docker").arg("cp").arg(from).arg(&to).output().expect("docker cp")).ok();
     }
 
     fn command(&self, env: &[(&str, &str)], argv: &[&str]) -> Command {
