@@ -21,6 +21,7 @@ fn install_deploy_switch_rollback_reboot_uninstall() {
 
     again_changes_nothing(&host);
     everything_is_from_the_registry(&host);
+    secrets_are_rotated(&host);
     deploy_leaves_the_active_slot_alone(&host);
     switch_and_back(&host);
     a_bad_version_puts_the_standby_back(&host);
@@ -89,6 +90,21 @@ fn everything_is_from_the_registry(host: &Host) {
         let number: f32 = exposure.split_whitespace().find_map(|w| w.parse().ok()).expect("a number");
         assert!(number <= 4.0, "{unit}: {exposure}");
     }
+}
+
+/// All anew under load; the deploys that follow pull with the new password.
+fn secrets_are_rotated(host: &Host) {
+    let sums = || host.sh("cd /etc/zd && sha256sum tls/* registry/htpasswd registry/password registry/tls.*");
+    let (before, containers) = (sums(), host.containers());
+    let load = host.load(300, 6, 0, &["--mode", "mixed"]);
+    let report = host.zd(&["secrets", "rotate", "--dry-run", "--json"]).ok().json();
+    assert_eq!(report["restarted"], serde_json::json!(["zd-registry"]));
+    assert_eq!(sums(), before, "a dry run changes nothing");
+    host.zd(&["secrets", "rotate", "--reason", "quarterly", "--yes"]).ok();
+    clean(load);
+    assert!(sums().lines().all(|l| !before.contains(l)), "not rotated:\n{before}\n{}", sums());
+    assert_eq!(host.containers(), containers);
+    assert!(host.zd(&["doctor"]).ok().out.contains("is valid until"));
 }
 
 fn deploy_leaves_the_active_slot_alone(host: &Host) {
