@@ -99,7 +99,6 @@ impl Digest {
         Self::from_hash(Sha256::digest(bytes).as_slice())
     }
 
-    /// From the 32 bytes of a finished SHA-256.
     /// Of all that a reader gives, with its size; `each` sees every piece.
     pub fn of_reader(
         mut from: impl Read,
@@ -118,6 +117,7 @@ impl Digest {
         }
     }
 
+    /// From the 32 bytes of a finished SHA-256.
     pub fn from_hash(hash: &[u8]) -> Self {
         let mut s = String::with_capacity(71);
         s.push_str("sha256:");

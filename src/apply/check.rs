@@ -102,12 +102,10 @@ pub async fn check(step: &Step, host: &Host<'_>) -> Result<Check> {
             needed_unless(State::read(service)?.instances == Some(*instances), state_undo(service)?)
         }
         Step::Resize { service, slot, job } => {
-            let (api, id) = (nomad::connect()?, paths::job(service, *slot));
             let (service, slot) = (service.clone(), *slot);
-            match nomad::job(&api, &id).await? {
-                Some(before) => {
-                    let same = !nomad::differs(&api, &id, job).await?;
-                    needed_unless(same, Undo::ResizeBack { service, slot, job: before })
+            match registered(&paths::job(&service, slot), job).await? {
+                Some((differs, before)) => {
+                    needed_unless(!differs, Undo::ResizeBack { service, slot, job: before })
                 }
                 None => Check::Needed(Undo::RemoveJob { service, slot }),
             }
@@ -125,16 +123,8 @@ pub async fn check(step: &Step, host: &Host<'_>) -> Result<Check> {
             needed_unless(found == *value, undo)
         }
         Step::Job { service, slot, job } => {
-            let (service, slot, id) = (service.clone(), *slot, paths::job(service, *slot));
-            let found = async {
-                let api = nomad::connect()?;
-                let before = nomad::job(&api, &id).await?;
-                Ok(match before {
-                    Some(before) => Some((nomad::differs(&api, &id, job).await?, before)),
-                    None => None,
-                })
-            };
-            match found.await {
+            let (service, slot) = (service.clone(), *slot);
+            match registered(&paths::job(&service, slot), job).await {
                 Ok(Some((differs, before))) => {
                     needed_unless(!differs, Undo::PutBackJob { service, slot, job: before })
                 }
@@ -206,6 +196,13 @@ pub async fn check(step: &Step, host: &Host<'_>) -> Result<Check> {
 
 fn remove<const N: usize>(paths: [PathBuf; N]) -> Undo {
     Undo::RemoveFiles { paths: paths.into() }
+}
+
+/// The job as Nomad has it, and whether `wanted` would change it; None where there is none.
+async fn registered(id: &str, wanted: &Value) -> Result<Option<(bool, Value)>> {
+    let api = nomad::connect()?;
+    let Some(before) = nomad::job(&api, id).await? else { return Ok(None) };
+    Ok(Some((nomad::differs(&api, id, wanted).await?, before)))
 }
 
 /// Settings as they will be: what is installed, or what the running install has written so far.

@@ -1,11 +1,10 @@
 //! `zd doctor`: what is wrong with this host, and what to do; before an install and after.
 
-use serde::Serialize;
-
 use std::path::Path;
 
 use bytesize::ByteSize;
 use jiff::Timestamp;
+use serde::Serialize;
 
 use super::verify::BundleArgs;
 use crate::audit;
@@ -104,7 +103,7 @@ fn clock_set_back(recorded: Timestamp, now: Timestamp) -> Option<Finding> {
         Finding::bad(
             "clock",
             format!("this host says {now}, its own last record is of {recorded}: the clock was set back"),
-            "set the clock: timedatectl set-time 'YYYY-MM-DD hh:mm:ss'",
+            preflight::SET_CLOCK,
         )
     })
 }
@@ -115,10 +114,10 @@ fn certificate(path: &Path, now: Timestamp) -> Result<Finding> {
     let days = until.duration_since(now).as_hours() / 24;
     Ok(if now < from {
         let what = format!("{shown} is valid from {from}, this host says {now}");
-        Finding::bad("certificate", what, "set the clock: timedatectl set-time 'YYYY-MM-DD hh:mm:ss'")
+        Finding::bad("certificate", what, preflight::SET_CLOCK)
     } else if days < CERTIFICATE_DAYS {
         let what = format!("{shown} ends {until}, in {days} days");
-        Finding::bad("certificate", what, "uninstall and install again at the next occasion (data is kept)")
+        Finding::bad("certificate", what, "zd secrets rotate makes it anew; what serves goes on")
     } else {
         Finding::ok("certificate", format!("{shown} is valid until {until}"))
     })

@@ -13,6 +13,7 @@ use serde::Serialize;
 use crate::error::{At, Code, OrCode, Result};
 use crate::facts::Facts;
 use crate::host::config::Installed;
+use crate::host::secrets::private_config;
 use crate::host::{exec, paths};
 use crate::ui::Ui;
 
@@ -184,8 +185,7 @@ fn secrets() -> Vec<String> {
         }
     }
     for folder in [paths::CONSUL_ETC, paths::NOMAD_ETC, paths::CONSUL_TEMPLATE_ETC] {
-        let text = std::fs::read_to_string(Path::new(folder).join("private.json")).unwrap_or_default();
-        strings(&serde_json::from_str(&text).unwrap_or_default(), &mut found);
+        strings(&private_config(folder).unwrap_or_default(), &mut found);
     }
     if let Ok(Some(installed)) = Installed::read() {
         let env = installed.lock.services.into_iter().flat_map(|s| s.env);

@@ -95,16 +95,20 @@ impl Api {
     }
 
     pub async fn put(&self, path: &str, body: &impl Serialize) -> Result<Value> {
-        let reply = self.send(Method::PUT, path, Some(body)).await?;
-        self.success(path, reply)
+        self.call(Method::PUT, path, Some(body)).await
     }
 
     pub async fn delete(&self, path: &str) -> Result<Value> {
-        let reply = self.send(Method::DELETE, path, None::<&()>).await?;
+        self.call(Method::DELETE, path, None::<&()>).await
+    }
+
+    /// The answer's JSON; any status but success is an error.
+    pub async fn call(&self, method: Method, path: &str, body: Option<&impl Serialize>) -> Result<Value> {
+        let reply = self.send(method, path, body).await?;
         self.success(path, reply)
     }
 
-    pub fn success(&self, path: &str, reply: Reply) -> Result<Value> {
+    fn success(&self, path: &str, reply: Reply) -> Result<Value> {
         if reply.status.is_success() {
             return Ok(serde_json::from_str(&reply.body).unwrap_or(Value::Null));
         }

@@ -86,14 +86,11 @@ impl Installed {
     }
 
     /// What the lock says, with as many containers as the services were scaled to.
-    pub fn new(host: HostConfig, lock: Lock) -> Result<Self> {
-        let mut installed = Self { host, lock };
-        for name in installed.lock.services.iter().map(|s| s.name.clone()).collect::<Vec<_>>() {
-            if let Some(instances) = State::read(&name)?.instances {
-                installed.set_instances(&name, instances);
-            }
+    pub fn new(host: HostConfig, mut lock: Lock) -> Result<Self> {
+        for service in &mut lock.services {
+            service.instances = State::read(&service.name)?.instances.unwrap_or(service.instances);
         }
-        Ok(installed)
+        Ok(Self { host, lock })
     }
 
     pub fn set_instances(&mut self, service: &Name, instances: u8) {

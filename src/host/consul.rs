@@ -149,14 +149,13 @@ pub async fn renew_gossip_key() -> Result<()> {
 
 async fn use_gossip_key(api: &Api, key: &str) -> Result<()> {
     const KEYRING: &str = "/v1/operator/keyring";
-    for method in [Method::POST, Method::PUT] {
-        let reply = api.send(method, KEYRING, Some(&json!({ "Key": key }))).await?;
-        api.success(KEYRING, reply)?;
-    }
+    let change =
+        async |method, key: &str| api.call(method, KEYRING, Some(&json!({ "Key": key }))).await.map(drop);
+    change(Method::POST, key).await?;
+    change(Method::PUT, key).await?;
     let rings = api.get(KEYRING).await?;
     for (old, _) in rings[0]["Keys"].as_object().into_iter().flatten().filter(|(known, _)| *known != key) {
-        let reply = api.send(Method::DELETE, KEYRING, Some(&json!({ "Key": old }))).await?;
-        api.success(KEYRING, reply)?;
+        change(Method::DELETE, old).await?;
     }
     Ok(())
 }

@@ -24,6 +24,8 @@ const STACK_PORTS: [(u16, &str); 6] = [
 ];
 /// Memory that dockerd, the registry and nginx need beside the services.
 const MEMORY_MIN: u64 = 768 << 20;
+/// Cure of a clock that is wrong.
+pub const SET_CLOCK: &str = "set the clock: timedatectl set-time 'YYYY-MM-DD hh:mm:ss'";
 /// Left free on every file system after an install, for logs and the host itself.
 const DISK_SPARE: u64 = 256 << 20;
 
@@ -141,7 +143,7 @@ pub fn bundle(facts: &Facts, wants: &Wants) -> Result<Vec<Finding>> {
         Finding::bad(
             "clock",
             format!("this host says {}, but the bundle was packed {}", facts.now, lock.created),
-            "set the clock: timedatectl set-time 'YYYY-MM-DD hh:mm:ss'",
+            SET_CLOCK,
         )
     });
     ports(facts, wants, &mut found);
