@@ -1,5 +1,5 @@
 //! The audit log: append-only JSON lines, each with the SHA-256 of the line before. The last line's
-//! number and hash stand apart as well, so that a log cut short is noticed.
+//! number and hash stand apart as well, so that a log cut short is noticed; there they are signed by the host.
 
 use std::fs::{self, OpenOptions};
 use std::io::Write;
@@ -8,7 +8,9 @@ use std::path::Path;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use crate::bundle::signature::{self, Fault, Key, OF_HOST};
 use crate::error::{At, Code, OrCode, Result};
+use crate::host::signing::{self, Signed};
 use crate::host::{fs as hostfs, paths};
 use crate::ids::{Digest, Name, Slot, Version};
 
@@ -22,7 +24,7 @@ pub struct Record {
     pub at: Timestamp,
     pub by: String,
     pub verb: String,
-    /// `begun`, `done`, `failed`, `undone`, `recovered`.
+    /// `begun`, `done`, `failed`, `undone`, `finished`, `recovered`.
     pub outcome: String,
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub reason: String,
@@ -61,15 +63,39 @@ pub struct Event<'a> {
 struct Head {
     seq: u64,
     hash: Digest,
+    /// Of the two above, see [`signed_bytes`]. None where the host had no key, as with earlier versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    signature: Option<String>,
+}
+
+/// A record in its place.
+pub struct Written {
+    pub record: Record,
+    /// Of its line.
+    pub hash: Digest,
+    /// Of its number and hash.
+    pub signed: Option<Signed>,
 }
 
 /// Appends, with fsync. Call it while holding the lock.
 pub fn append(event: Event) -> Result<()> {
-    let path = Path::new(paths::AUDIT);
+    write(event).map(drop)
+}
+
+/// As [`append`]; for those who speak of the record.
+pub fn write(event: Event) -> Result<Written> {
     for dir in [paths::LOG, paths::VAR] {
         fs::create_dir_all(dir).at(dir)?;
     }
-    let (seq, prev) = place(last_line(path)?.as_deref(), read_head()?)?;
+    write_at(Path::new(paths::AUDIT), Path::new(paths::AUDIT_HEAD), event)
+}
+
+/// Where the head cannot be written (a full disk), the log is again what it was before.
+fn write_at(path: &Path, head_path: &Path, event: Event) -> Result<Written> {
+    let bytes = hostfs::read_if_any(path)?.unwrap_or_default();
+    let before = whole(&bytes);
+    let last = std::str::from_utf8(before).or_code(Code::Audit, "the audit log")?.lines().last();
+    let (seq, prev) = place(last, read_head(head_path)?)?;
     let record = Record {
         schema: 1,
         seq,
@@ -85,11 +111,37 @@ pub fn append(event: Event) -> Result<()> {
         prev,
     };
     let line = serde_json::to_string(&record).or_code(Code::Bug, "writing the audit log")?;
-    let mut file = OpenOptions::new().create(true).append(true).open(path).at(path)?;
-    file.write_all(format!("{line}\n").as_bytes()).and_then(|()| file.sync_data()).at(path)?;
-    let head = Head { seq, hash: Digest::of(line.as_bytes()) };
+    let hash = Digest::of(line.as_bytes());
+    let what = format!("record {seq} of the audit log, {}", record.at);
+    let signed = signing::sign(signed_bytes(seq, &hash).as_bytes(), &what);
+    let signature = signed.as_ref().map(|signed| signed.text.clone());
+    let head = Head { seq, hash: hash.clone(), signature };
     let head = serde_json::to_vec(&head).or_code(Code::Bug, "writing the audit head")?;
-    hostfs::write(Path::new(paths::AUDIT_HEAD), &head, 0o644, None)
+    let mut file = OpenOptions::new().create(true).append(true).open(path).at(path)?;
+    let newline = if before.last().is_none_or(|b| *b == b'\n') { "" } else { "\n" };
+    let appended = file
+        .set_len(before.len() as u64)
+        .and_then(|()| file.write_all(format!("{newline}{line}\n").as_bytes()))
+        .and_then(|()| file.sync_data())
+        .at(path)
+        .and_then(|()| hostfs::write(head_path, &head, 0o644, None));
+    if let Err(e) = appended {
+        file.set_len(before.len() as u64).and_then(|()| file.sync_data()).at(path)?;
+        return Err(e);
+    }
+    Ok(Written { record, hash, signed })
+}
+
+/// The log without the piece of a line that a power cut left at its end: that never became a record.
+fn whole(bytes: &[u8]) -> &[u8] {
+    let end = bytes.iter().rposition(|b| *b == b'\n').map_or(0, |at| at + 1);
+    let is_record = serde_json::from_slice::<Record>(&bytes[end..]).is_ok();
+    if is_record { bytes } else { &bytes[..end] }
+}
+
+/// What the signature of a head is of: the head as it would be without one.
+pub fn signed_bytes(seq: u64, hash: &Digest) -> String {
+    format!(r#"{{"seq":{seq},"hash":"{hash}"}}"#)
 }
 
 /// Number and link of the next record. The head decides where the log does not agree with it: work goes
@@ -108,23 +160,50 @@ fn place(last: Option<&str>, head: Option<Head>) -> Result<(u64, Digest)> {
     })
 }
 
-fn read_head() -> Result<Option<Head>> {
-    let head = hostfs::read_if_any(Path::new(paths::AUDIT_HEAD))?;
+fn read_head(path: &Path) -> Result<Option<Head>> {
+    let head = hostfs::read_if_any(path)?;
     Ok(head.and_then(|h| serde_json::from_slice(&h).ok()))
-}
-
-fn last_line(path: &Path) -> Result<Option<String>> {
-    let Some(bytes) = hostfs::read_if_any(path)? else { return Ok(None) };
-    let text = String::from_utf8(bytes).or_code(Code::Audit, "the audit log")?;
-    Ok(text.lines().last().map(str::to_owned))
 }
 
 /// Reads the whole log and checks every link; names the first that does not hold.
 pub fn read() -> Result<Vec<Record>> {
-    let path = Path::new(paths::AUDIT);
-    let text = hostfs::read_if_any(path)?.unwrap_or_default();
-    let text = String::from_utf8(text).or_code(Code::Audit, "the audit log")?;
-    check(&text, read_head()?.as_ref())
+    let bytes = hostfs::read_if_any(Path::new(paths::AUDIT))?.unwrap_or_default();
+    let text = std::str::from_utf8(whole(&bytes)).or_code(Code::Audit, "the audit log")?;
+    check(text, read_head(Path::new(paths::AUDIT_HEAD))?.as_ref())
+}
+
+/// The id of the key that the head is signed with; None where this host has no key yet.
+pub fn signed_by() -> Result<Option<String>> {
+    let must_be = Path::new(paths::SIGNING_PUB).exists();
+    check_signature(read_head(Path::new(paths::AUDIT_HEAD))?.as_ref(), &signing::keys(), must_be)
+}
+
+fn check_signature(head: Option<&Head>, keys: &[Key], must_be: bool) -> Result<Option<String>> {
+    let Some(head) = head else { return Ok(None) };
+    let bad = |why: String, cure: &str| {
+        let keep = format!("keep {} and {} as they are", paths::AUDIT, paths::AUDIT_HEAD);
+        let what = format!("the signature of the audit log, at record {}, {why}", head.seq);
+        Err(Code::Audit.err(what).cure(format!("{keep}; {cure}")))
+    };
+    let Some(signature) = &head.signature else {
+        let cure = format!(
+            "an earlier zd, or somebody else, wrote the last record, or {} is damaged. The next record that zd writes \
+             is signed again; a key that is gone is made anew by zd install with the installed bundle",
+            paths::SIGNING_KEY
+        );
+        return if must_be { bad("is missing".into(), &cure) } else { Ok(None) };
+    };
+    let bytes = signed_bytes(head.seq, &head.hash);
+    let who = "find out who changed them";
+    match signature::check(bytes.as_bytes(), signature, OF_HOST, keys) {
+        Ok(key) => Ok(Some(key.id())),
+        Err(Fault::Key(id)) => {
+            let cure = format!("compare {id} with the key that change control has of this host");
+            bad(format!("was made with key {id}, which this host never had"), &cure)
+        }
+        Err(Fault::Bytes) => bad("is of another record".into(), who),
+        Err(Fault::Form | Fault::Unreadable) => bad("cannot be read".into(), who),
+    }
 }
 
 fn check(text: &str, head: Option<&Head>) -> Result<Vec<Record>> {
@@ -205,7 +284,7 @@ mod tests {
             text.push_str(&line);
             text.push('\n');
         }
-        (text, Head { seq: n, hash: prev })
+        (text, Head { seq: n, hash: prev, signature: None })
     }
 
     #[test]
@@ -220,9 +299,76 @@ mod tests {
         let cut = lines[..3].join("\n");
         assert!(check(&cut, Some(&head)).unwrap_err().what.contains("line 5"));
         // Cut, and written on: the cut still shows.
-        let (seq, prev) = place(Some(lines[2]), Some(Head { seq: 5, hash: head.hash.clone() })).unwrap();
+        let (seq, prev) =
+            place(Some(lines[2]), Some(Head { seq: 5, hash: head.hash.clone(), signature: None })).unwrap();
         assert_eq!((seq, prev), (6, head.hash.clone()));
         let last_changed = text.replace("\"seq\":5,", "\"seq\":5, ");
         assert!(check(&last_changed, Some(&head)).is_err());
+    }
+
+    #[test]
+    fn what_could_not_be_written_down_whole_was_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let (log, head) = (dir.path().join("log"), dir.path().join("heads/head"));
+        let write = |reason| write_at(&log, &head, Event { verb: "switch", reason, ..Event::default() });
+        let read = || {
+            let bytes = fs::read(&log).unwrap();
+            check(std::str::from_utf8(whole(&bytes)).unwrap(), read_head(&head).unwrap().as_ref())
+        };
+        fs::create_dir(dir.path().join("heads")).unwrap();
+        write("one").unwrap();
+        // No place for the head, as on a full disk.
+        let before = fs::read(&log).unwrap();
+        let saved = fs::read(&head).unwrap();
+        fs::remove_dir_all(dir.path().join("heads")).unwrap();
+        for _ in 0..3 {
+            assert!(write("lost").is_err());
+        }
+        assert_eq!(fs::read(&log).unwrap(), before);
+        fs::create_dir(dir.path().join("heads")).unwrap();
+        fs::write(&head, saved).unwrap();
+        // A power cut in the middle of a line, of a letter even.
+        fs::write(&log, [before.as_slice(), &"{\"schema\":1,\"reason\":\"ä".as_bytes()[..23]].concat())
+            .unwrap();
+        assert_eq!(read().unwrap().len(), 1);
+        write("two").unwrap();
+        assert_eq!(read().unwrap().len(), 2);
+        // An editor that takes the last line break away.
+        let bytes = fs::read(&log).unwrap();
+        fs::write(&log, &bytes[..bytes.len() - 1]).unwrap();
+        write("three").unwrap();
+        let reasons: Vec<String> = read().unwrap().into_iter().map(|r| r.reason).collect();
+        assert_eq!(reasons, ["one", "two", "three"]);
+    }
+
+    #[test]
+    fn a_head_is_signed_by_its_host_or_says_why_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let pair = || {
+            let (secret, key) = signature::generate(None).unwrap();
+            let path = dir.path().join("key");
+            fs::write(&path, secret).unwrap();
+            (signature::Signer::read(&path, || unreachable!()).unwrap(), key)
+        };
+        let ((signer, key), (other, _)) = (pair(), pair());
+        let (_, mut head) = chain(3);
+        let bytes = signed_bytes(head.seq, &head.hash);
+        assert_eq!(bytes, serde_json::to_string(&head).unwrap(), "what a head of earlier versions is");
+        let keys = [key];
+        assert_eq!(check_signature(Some(&head), &keys, false).unwrap(), None);
+        let said = |head: &Head| check_signature(Some(head), &keys, true).unwrap_err().what;
+        assert!(said(&head).ends_with("at record 3, is missing"), "{}", said(&head));
+
+        head.signature = Some(signer.sign(bytes.as_bytes(), OF_HOST, "record 3").unwrap());
+        let again: Head = serde_json::from_slice(&serde_json::to_vec(&head).unwrap()).unwrap();
+        assert_eq!(check_signature(Some(&again), &keys, true).unwrap(), Some(keys[0].id()));
+        head.seq = 4;
+        assert!(said(&head).contains("is of another record"), "{}", said(&head));
+        head.signature = Some(other.sign(bytes.as_bytes(), OF_HOST, "record 3").unwrap());
+        assert!(said(&head).contains(&other.key.id()), "{}", said(&head));
+        // What the same key says of something else is no signature of a head.
+        head.signature = Some(signer.sign(bytes.as_bytes(), signature::OF_LOCK, "a lock").unwrap());
+        assert!(said(&head).contains("cannot be read"), "{}", said(&head));
+        assert_eq!(check_signature(None, &[], true).unwrap(), None);
     }
 }

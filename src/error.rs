@@ -57,7 +57,7 @@ pub enum Code {
     NotInstalled,
     /// The version is not known to this host's registry.
     UnknownVersion,
-    /// The audit log's chain is broken.
+    /// The audit log's chain is broken, or the signature of its head is not as it should be.
     Audit,
     /// A load test saw failed requests or mixed versions.
     LoadFailed,
@@ -150,6 +150,9 @@ impl fmt::Display for Error {
 }
 
 impl std::error::Error for Error {}
+
+/// The cure of a disk that is full.
+pub const FREE_SOME: &str = "zd gc, docker image prune -a, journalctl --vacuum-size=200M, then look for what grows: du -xh / | sort -h | tail";
 
 /// An I/O error at a path; a full disk gets its own code and cure.
 pub fn io(path: impl AsRef<Path>, e: std::io::Error) -> Error {

@@ -55,6 +55,8 @@ pub struct Listener {
     pub port: u16,
     /// `nginx (process 812, zd-nginx@hello.service)`.
     pub owner: String,
+    /// Its unit; empty where it has none.
+    pub unit: String,
     /// The listener belongs to a unit of zd's.
     pub ours: bool,
 }
@@ -85,7 +87,7 @@ impl Facts {
 
     /// The address for `--ip auto`: of the way out, else the only plausible one.
     pub fn auto_ip(&self) -> Result<&Interface> {
-        let plausible: Vec<&Interface> = self.interfaces.iter().filter(|i| is_plausible(&i.name)).collect();
+        let plausible: Vec<&Interface> = self.plausible().collect();
         if let Some(found) = plausible.iter().find(|i| Some(&i.name) == self.way_out.as_ref()) {
             return Ok(found);
         }
@@ -104,6 +106,11 @@ impl Facts {
                     .cure(format!("say which one clients use: --ip {}", many[0].ip)))
             }
         }
+    }
+
+    /// Those that other machines may reach.
+    pub fn plausible(&self) -> impl Iterator<Item = &Interface> {
+        self.interfaces.iter().filter(|i| is_plausible(&i.name))
     }
 
     pub fn has_ip(&self, ip: Ipv4Addr) -> bool {
@@ -136,6 +143,11 @@ fn cgroup() -> Cgroup {
     } else {
         Cgroup::None
     }
+}
+
+/// Whether an interface of this host has the address now.
+pub fn is_here(ip: Ipv4Addr) -> bool {
+    interfaces().iter().any(|i| i.ip == ip)
 }
 
 fn interfaces() -> Vec<Interface> {
@@ -171,7 +183,7 @@ fn routes() -> Vec<(Ipv4Addr, u8)> {
 fn listeners() -> Vec<Listener> {
     let entries = [procfs::net::tcp(), procfs::net::tcp6()].into_iter().flatten().flatten();
     let listening: Vec<_> = entries.filter(|e| e.state == procfs::net::TcpState::Listen).collect();
-    let mut owners: HashMap<u64, (String, bool)> = HashMap::new();
+    let mut owners: HashMap<u64, (String, String)> = HashMap::new();
     for process in procfs::process::all_processes().into_iter().flatten().flatten() {
         let Ok(fds) = process.fd() else { continue };
         for fd in fds.flatten() {
@@ -183,19 +195,21 @@ fn listeners() -> Vec<Listener> {
     listening
         .into_iter()
         .map(|e| {
-            let (owner, ours) =
-                owners.get(&e.inode).cloned().unwrap_or_else(|| ("unknown process".into(), false));
-            Listener { ip: e.local_address.ip(), port: e.local_address.port(), owner, ours }
+            let (owner, unit) =
+                owners.get(&e.inode).cloned().unwrap_or_else(|| ("unknown process".into(), String::new()));
+            let ours = unit.starts_with("zd-");
+            Listener { ip: e.local_address.ip(), port: e.local_address.port(), owner, unit, ours }
         })
         .collect()
 }
 
-fn describe(process: &procfs::process::Process) -> (String, bool) {
+/// For people, and the unit.
+fn describe(process: &procfs::process::Process) -> (String, String) {
     let name = process.stat().map_or_else(|_| "?".into(), |s| s.comm);
     let cgroups = fs::read_to_string(format!("/proc/{}/cgroup", process.pid)).unwrap_or_default();
-    let unit =
-        cgroups.split(['/', '\n']).rfind(|part| part.ends_with(".service")).unwrap_or("no unit").to_owned();
-    (format!("{name} (process {}, {unit})", process.pid), unit.starts_with("zd-"))
+    let unit = cgroups.split(['/', '\n']).rfind(|part| part.ends_with(".service")).unwrap_or_default();
+    let shown = if unit.is_empty() { "no unit" } else { unit };
+    (format!("{name} (process {}, {shown})", process.pid), unit.to_owned())
 }
 
 /// dpkg(1) and apt hold fcntl(2) locks while they work; names who does.

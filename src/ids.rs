@@ -76,6 +76,20 @@ string_id!(
     "a version (1 to 64 of letters, digits, ., _ and -, beginning with a letter, digit or _)"
 );
 
+impl Version {
+    /// Major, minor and patch of a release that is numbered so (semver.org); 0 where there is no number.
+    pub fn numbers(&self) -> (u32, u32, u32) {
+        numbers(self.as_str())
+    }
+}
+
+/// The first three numbers of a version, whatever stands between them.
+pub fn numbers(version: &str) -> (u32, u32, u32) {
+    let mut parts = version.split(|c: char| !c.is_ascii_digit()).map(|n| n.parse().unwrap_or(0));
+    let mut next = || parts.next().unwrap_or(0);
+    (next(), next(), next())
+}
+
 string_id!(
     /// `sha256:` and 64 lower-case hexadecimal digits (OCI image spec, "Digests").
     Digest,

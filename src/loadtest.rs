@@ -16,6 +16,7 @@ mod schedule;
 mod tally;
 
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -95,7 +96,8 @@ impl Options {
 
 /// Makes the load and reports what came of it; `tick` is called five times a second meanwhile.
 ///
-/// Dropping the future ends the load.
+/// An interrupt (SIGINT) is the end of the load: what is under way is waited for, and the report made.
+/// Dropping the future ends it without one.
 pub async fn run(o: &Options, tick: impl Fn(&Tick)) -> Report {
     let live = Arc::new(Live::default());
     let _stop = StopOnDrop(Arc::clone(&live));
@@ -111,9 +113,11 @@ pub async fn run(o: &Options, tick: impl Fn(&Tick)) -> Report {
         return nothing_sent(o, format!("no thread for the load: {e}"));
     }
     let mut ticks = tokio::time::interval(TICK);
+    let mut interrupt = pin!(tokio::signal::ctrl_c());
     loop {
         tokio::select! {
             biased;
+            _ = &mut interrupt, if !live.enough.load(Relaxed) => live.enough.store(true, Relaxed),
             done = &mut reported => break match done {
                 Ok(Ok(report)) => report,
                 Ok(Err(what)) => nothing_sent(o, what),
@@ -144,10 +148,17 @@ struct Live {
     done: AtomicU64,
     failed: AtomicU64,
     version: Mutex<String>,
+    /// No more requests; the answers to those before are waited for.
+    enough: AtomicBool,
+    /// Nobody wants to know any more.
     stop: AtomicBool,
 }
 
 impl Live {
+    fn goes_on(&self) -> bool {
+        !self.enough.load(Relaxed) && !self.stop.load(Relaxed)
+    }
+
     fn tick(&self) -> Tick {
         Tick {
             done: self.done.load(Relaxed),

@@ -3,6 +3,7 @@
 mod apply;
 mod assets;
 mod audit;
+mod backup;
 mod bundle;
 mod cmd;
 mod error;
@@ -13,6 +14,7 @@ mod ids;
 mod loadtest;
 mod plan;
 mod receipt;
+mod report;
 mod service;
 mod ui;
 mod units;

@@ -48,6 +48,12 @@ pub struct Header {
     pub bundle: Option<Digest>,
 }
 
+impl Header {
+    pub fn is(&self, verb: &str, bundle: &Digest) -> bool {
+        self.verb == verb && self.bundle.as_ref() == Some(bundle)
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Outcome {
@@ -157,6 +163,11 @@ impl Receipt {
         Ok(())
     }
 
+    /// The step was begun by a run that did not come to its end.
+    pub fn is_half_done(&self, step: &str) -> bool {
+        self.steps.iter().any(|i| i.step == step && !i.done && !i.undone)
+    }
+
     pub fn done(&mut self, step: &str) -> Result<()> {
         self.append(&Entry::Done { step: step.into() })?;
         self.mark(step, |i| i.done = true);
@@ -208,13 +219,57 @@ pub fn unfinished() -> Result<Option<Receipt>> {
 
 /// Refuses to go on over an interrupted plan.
 pub fn refuse_unfinished() -> Result<()> {
+    resumed(|_| false).map(drop)
+}
+
+/// The interrupted plan where it is the `same` as what is asked for, which then goes on with it. Any other stands in
+/// the way.
+pub fn resumed(same: impl Fn(&Header) -> bool) -> Result<Option<Receipt>> {
     match unfinished()? {
-        None => Ok(()),
-        Some(r) => Err(Code::Unfinished
-            .err(format!("an interrupted {} of {} stands in the way", r.header.verb, r.header.about))
-            .cure(format!(
-                "run the same `zd {}` again to finish it, or `zd undo` to go back",
-                r.header.verb
-            ))),
+        Some(Receipt { header, .. }) if !same(&header) => Err(Code::Unfinished
+            .err(format!("an interrupted {} of {} stands in the way", header.verb, header.about))
+            .cure(format!("run the same `zd {}` again to finish it, or `zd undo` to go back", header.verb))),
+        found => Ok(found),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bundle::Lock;
+    use crate::host::config::HostConfig;
+    use crate::service::state::State;
+
+    fn fixture(name: &str) -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
+    }
+
+    #[test]
+    fn files_of_earlier_versions_are_read() {
+        let receipt = Receipt::read(&fixture("before-upgrade/receipt.jsonl")).unwrap().unwrap();
+        assert_eq!((receipt.steps.len(), receipt.outcome), (21, Some(Outcome::Applied)));
+        let unknown = receipt.steps.iter().find(|i| i.undo == Undo::Unknown || !i.done);
+        assert!(unknown.is_none(), "{unknown:?}");
+        let text = |name: &str| fs::read_to_string(fixture(name)).unwrap();
+        let state: State = serde_json::from_str(&text("before-upgrade/state.json")).unwrap();
+        assert_eq!(state.slots.len(), 1);
+        let host: HostConfig = toml::from_str(&text("before-upgrade/host.toml")).unwrap();
+        assert_eq!(host.generation, 1);
+        assert_eq!((host.node().as_str(), host.registries().count()), ("node-10-4-0-17", 1));
+        let lock = Lock::parse(text("before-upgrade/zd-lock.json").as_bytes()).unwrap();
+        assert_eq!(lock.releases.len(), 3);
+
+        let receipt = Receipt::read(&fixture("reconfigured/receipt.jsonl")).unwrap().unwrap();
+        assert_eq!((receipt.steps.len(), receipt.outcome), (8, Some(Outcome::Applied)));
+        assert!(receipt.steps.iter().all(|i| i.undo != Undo::Unknown && i.done));
+        let host: HostConfig = toml::from_str(&text("reconfigured/host.toml")).unwrap();
+        assert_eq!((host.node().as_str(), host.registries().count()), ("node-10-4-0-17", 2));
+    }
+
+    /// After the way back from an upgrade, the zd before reads receipts of the one after.
+    #[test]
+    fn a_finished_receipt_of_a_newer_zd_is_read() {
+        let receipt = Receipt::read(&fixture("newer-receipt.jsonl")).unwrap().unwrap();
+        assert_eq!((receipt.steps[0].undo.clone(), receipt.outcome), (Undo::Unknown, Some(Outcome::Applied)));
     }
 }

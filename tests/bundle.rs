@@ -566,3 +566,32 @@ fn a_url_that_gives_something_else_stops_the_pack() {
     assert_eq!(server.seen().last().unwrap().range.as_deref(), Some("bytes=40000-"));
     assert_eq!(server.seen().iter().map(|s| s.sent).sum::<usize>(), file.len());
 }
+
+#[test]
+fn the_key_pair_for_backups() {
+    let site = Site::new();
+    let report = site.zd(&["keygen", "--backup", "--json"]).good().json();
+    let key = report["key"].as_str().expect("a key");
+    let secret = std::fs::read_to_string(site.path("zd-backup.key")).unwrap();
+    assert!(
+        key.starts_with("age1") && secret.contains(key) && secret.contains("\nAGE-SECRET-KEY-1"),
+        "{report}"
+    );
+    assert_eq!(std::fs::read_to_string(site.path("zd-backup.pub")).unwrap(), format!("{key}\n"));
+    let mode = std::os::unix::fs::PermissionsExt::mode(
+        &site.path("zd-backup.key").metadata().unwrap().permissions(),
+    );
+    assert_eq!(mode & 0o777, 0o600);
+    assert!(!report.to_string().contains("AGE-SECRET"), "the secret half is in its file only");
+    site.zd(&["keygen", "--backup"]).refused(USAGE, &["zd-backup.key is there already"]);
+    let both = site.zd(&["keygen", "--backup", "--password"]);
+    assert!(both.code == Some(2) && both.stderr.contains("--password"), "{both:#?}");
+    // A backup is read and refused before anything is asked of the host.
+    let restore = |file: &str, key: &str| site.zd(&["restore", file, "--identity", key]);
+    restore("none", "zd-backup.pub").refused(USAGE, &["no secret key of backups", "zd keygen --backup"]);
+    restore("none", "zd-backup.key").refused(IO, &["none"]);
+    site.write("empty", b"");
+    for file in ["empty", "zd-backup.pub"] {
+        restore(file, "zd-backup.key").refused(BUNDLE, &[file, "an earlier backup"]);
+    }
+}

@@ -7,19 +7,25 @@ use std::path::Path;
 use assert_cmd::Command;
 use support::*;
 
-const VERBS: [&str; 20] = [
+const VERBS: [&str; 26] = [
     "keygen",
     "pack",
     "inspect",
     "verify",
     "doctor",
     "install",
+    "upgrade",
+    "generations",
+    "gc",
+    "reconfigure",
     "status",
     "deploy",
     "switch",
     "rollback",
     "scale",
     "secrets",
+    "backup",
+    "restore",
     "history",
     "logs",
     "support",
@@ -52,7 +58,14 @@ fn every_verb_is_listed_and_shows_an_example() {
 
 #[test]
 fn what_does_not_exist_is_a_usage_error() {
-    for args in [&["swich"][..], &[], &["switch", "--to", "red"], &["pack"], &["status", "--colour"]] {
+    for args in [
+        &["swich"][..],
+        &[],
+        &["switch", "--to", "red"],
+        &["pack"],
+        &["reconfigure"],
+        &["status", "--colour"],
+    ] {
         let out = zd(args);
         assert_eq!(out.code, Some(2), "{args:?}: {out:#?}");
         assert!(out.stdout.is_empty() && out.stderr.contains("--help"), "{args:?}: {out:#?}");
@@ -94,8 +107,14 @@ fn without_an_install_there_is_nothing_to_show_or_change() {
         return;
     }
     let before = host_snapshot();
-    let dry: [&[&str]; 4] =
-        [&["status"], &["switch", "--dry-run"], &["deploy", "v2", "--dry-run"], &["uninstall", "--dry-run"]];
+    let dry: [&[&str]; 6] = [
+        &["backup", "--dry-run"],
+        &["status"],
+        &["switch", "--dry-run"],
+        &["deploy", "v2", "--dry-run"],
+        &["reconfigure", "--ip", "auto", "--dry-run"],
+        &["uninstall", "--dry-run"],
+    ];
     for args in dry {
         let out = zd(args).refused(NOT_INSTALLED, &["zd is not installed on this host", "do: "]);
         assert!(out.stdout.is_empty(), "{args:?}: {out:#?}");
@@ -147,8 +166,15 @@ fn without_root_nothing_is_changed_and_said_so() {
     site.pack("", target.as_deref().map(|t| ["--target", t]).as_ref().map_or(&[][..], |a| a)).good();
     let tool = site.path("stick/zd");
     let before = host_snapshot();
-    let verbs: [&[&str]; 5] =
-        [&["switch"], &["deploy", "v2"], &["rollback"], &["undo", "--yes"], &["uninstall", "--yes"]];
+    let verbs: [&[&str]; 7] = [
+        &["backup"],
+        &["switch"],
+        &["deploy", "v2"],
+        &["rollback"],
+        &["reconfigure", "--ip", "auto"],
+        &["undo", "--yes"],
+        &["uninstall", "--yes"],
+    ];
     for args in verbs {
         let Some(mut command) = as_nobody(&tool) else { return };
         Outcome::of(command.args(args)).refused(PREFLIGHT, &["needs root", &format!("sudo zd {}", args[0])]);

@@ -1,32 +1,37 @@
 //! Carrying out one step. Every action may find half of itself done by a run that was killed.
 
 use std::fs::File;
-use std::io::Write;
-use std::path::Path;
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use cap_std::fs::{Dir, OpenOptions, OpenOptionsExt};
 use serde_json::Value;
 
-use super::check::{coming, registry};
+use super::check::{backup, coming, tag, tool_program, untouched};
 use crate::audit;
+use crate::backup::index::{CONSUL_SNAPSHOT, NOMAD_SNAPSHOT};
 use crate::bundle::Bundle;
+use crate::bundle::manifest::Product;
+use crate::bundle::sources::cache::hash_file;
 use crate::error::{At, Code, Result};
 use crate::host::config::Installed;
 use crate::host::docker::{Docker, Found};
+use crate::host::fs::UNFINISHED;
 use crate::host::registry::Registry;
-use crate::host::{Host, consul, exec, fs as hostfs, nginx, nomad, packages, paths, systemd, until};
+use crate::host::{
+    Host, consul, exec, fs as hostfs, generation, nginx, nomad, packages, paths, systemd, until,
+};
 use crate::ids::{Digest, Name, Slot};
-use crate::plan::Step;
+use crate::plan::slot::named_as;
+use crate::plan::{DataCopy, Restored, Step, Text};
 use crate::service::pointer::{self, Pointer};
 use crate::service::state::{Filled, State};
-use crate::service::{health, reload, switch};
+use crate::service::{health, reload, renew, switch};
 
-/// Name of a file whose bytes are not checked yet.
-const UNFINISHED: &str = ".zd-unfinished";
 /// How long a job's containers may take to stop.
 const STOPPED: Duration = Duration::from_secs(30);
-/// How long the registry, consul-template and nginx may take to answer after their units have started.
+/// How long consul-template and nginx may take to answer after their units have started.
 const READY: Duration = Duration::from_secs(30);
 const EVERY: Duration = Duration::from_millis(50);
 
@@ -46,24 +51,35 @@ pub async fn act(step: &Step, host: &Host<'_>) -> Result<()> {
                 _ => Ok(()),
             }
         }
-        Step::File { path, text, mode, owner } => {
-            hostfs::write(path, text.as_bytes(), *mode, owner.as_deref())
+        Step::File(text) => {
+            let known_unit = text.path.starts_with(paths::UNITS) && text.path.exists();
+            write(text)?;
+            if known_unit { systemd::daemon_reload().await } else { Ok(()) }
         }
         Step::Files { path, files, mode } => {
             let bar = host.ui.count("files", files.len() as u64);
             let dir = Dir::open_ambient_dir(path, cap_std::ambient_authority()).at(path)?;
             for (name, digest) in files {
-                extract(bundle(host)?, digest, &dir, path, name, *mode)?;
+                let kept = if host.bundle.is_none() { generation::program(digest)? } else { None };
+                match kept {
+                    Some(kept) => extract(File::open(&kept).at(&kept)?, digest, &dir, path, name, *mode)?,
+                    None => extract(bundle(host)?.blob(digest)?, digest, &dir, path, name, *mode)?,
+                }
                 bar.inc(1);
             }
             hostfs::sync_dir(path)?;
             bar.finish_and_clear();
             Ok(())
         }
-        Step::Tool { path } => copy_tool(path),
+        Step::Tool => put_tool(),
         Step::Link { path, target } => hostfs::set_link(path, target),
         Step::Secret(secret) => secret.make(),
-        Step::TrustCa { path } => hostfs::write(path, &std::fs::read(paths::CA).at(paths::CA)?, 0o644, None),
+        Step::TrustCa { path } => trust_ca(path),
+        Step::UntrustCa { path } => {
+            hostfs::remove_file(path)?;
+            // What the site has put beside it stays.
+            path.parent().map_or(Ok(()), hostfs::remove_empty)
+        }
         Step::User { name, home } => {
             let home = home.to_string_lossy();
             let shell = "/usr/sbin/nologin";
@@ -82,11 +98,23 @@ pub async fn act(step: &Step, host: &Host<'_>) -> Result<()> {
             .map(drop)
         }
         Step::Mask { unit, .. } => systemd::mask(unit).await,
+        Step::Upgrade { repository, packages, .. } => packages::upgrade(repository, packages).await,
+        Step::Renew(process) => renew::renew(process, &coming(host)?).await,
+        Step::Untouched { containers } => untouched(containers).await,
         Step::Packages { repository, wanted } => packages::install(repository, wanted).await,
         Step::Unit { name } => {
             systemd::daemon_reload().await?;
             systemd::enable(name).await?;
             systemd::start(name).await
+        }
+        Step::Daemon { unit, files, data } => {
+            if let Some(data) = data {
+                copy_data(unit, data).await?;
+            }
+            files.iter().try_for_each(write)?;
+            systemd::daemon_reload().await?;
+            systemd::enable(unit).await?;
+            systemd::restart(unit).await
         }
         Step::Enabled { name } => {
             systemd::daemon_reload().await?;
@@ -106,10 +134,13 @@ pub async fn act(step: &Step, host: &Host<'_>) -> Result<()> {
             state.instances = Some(*instances);
             state.write(service)
         }
-        Step::Resize { service, slot, job } => resize_job(service, *slot, job).await,
+        Step::Resize { service, slot, job } => {
+            let before = nomad::job(&nomad::connect()?, &paths::job(service, *slot)).await?;
+            resize_job(service, *slot, &named_as(job, &before.unwrap_or_default(), &coming(host)?.host)).await
+        }
         Step::Key { key, value } => consul::set(&consul::zd()?, key, value).await,
-        Step::Job { service, slot, job } => place_job(service, *slot, job).await,
-        Step::RegistryReady => Registry::ready(&coming(host)?.host, READY).await,
+        Step::Job { service, slot, job, .. } => place_job(service, *slot, job).await,
+        Step::RegistryReady => Registry::ready(&coming(host)?.host).await,
         Step::Push { image } => push(host, image).await,
         Step::Network { subnet } => Docker::connect().await?.create_network(subnet).await,
         Step::Container(container) => Docker::connect().await?.place(container, &coming(host)?.host).await,
@@ -143,7 +174,66 @@ pub async fn act(step: &Step, host: &Host<'_>) -> Result<()> {
             state.write(service)
         }
         Step::Firewall { kind, port } => kind.open(*port).await,
+        Step::Restored(restored) => restore(host, restored).await,
+        Step::Snapshot { product: Product::Consul } => {
+            consul::restore(snapshot(host, CONSUL_SNAPSHOT)?).await
+        }
+        Step::Snapshot { .. } => nomad::restore(snapshot(host, NOMAD_SNAPSHOT)?).await,
+        Step::RestoredLog => {
+            for path in [paths::AUDIT, paths::AUDIT_HEAD].map(Path::new) {
+                put_aside(path).await?;
+                let bytes = backup(host)?.file(path).unwrap_or_default();
+                hostfs::write(path, bytes, 0o644, None)?;
+            }
+            Ok(())
+        }
+        Step::Switched { service, slot } => switch_to(service, *slot).await,
     }
+}
+
+fn snapshot<'a>(host: &Host<'a>, name: &str) -> Result<&'a [u8]> {
+    let missing = || Code::Bundle.err(format!("the backup has no {name}")).cure("take another backup");
+    backup(host)?.member(name).ok_or_else(missing)
+}
+
+async fn restore(host: &Host<'_>, restored: &Restored) -> Result<()> {
+    for entry in &restored.files {
+        let path = Path::new("/").join(&entry.path);
+        let missing = || Code::Bug.err(format!("{} is not in the backup", entry.path));
+        let bytes = backup(host)?.member(&entry.path).ok_or_else(missing)?;
+        put_aside(&path).await?;
+        hostfs::write_beneath(&path, bytes, entry.mode, entry.owner.as_deref())?;
+    }
+    match &restored.unit {
+        Some(unit) if systemd::is_active(unit).await? => systemd::restart(unit).await,
+        _ => Ok(()),
+    }
+}
+
+/// Keeps a copy of a file as it was. Once: a copy that is there is of before.
+async fn put_aside(path: &Path) -> Result<()> {
+    let copy = aside(path);
+    if !path.exists() || copy.exists() {
+        return Ok(());
+    }
+    for dir in [paths::VAR, paths::BEFORE] {
+        if !Path::new(dir).is_dir() {
+            hostfs::make_dir(Path::new(dir), 0o700, None)?;
+        }
+    }
+    hostfs::copy_tree(path, &copy).await
+}
+
+/// Where the copy of a file is.
+pub fn aside(path: &Path) -> PathBuf {
+    Path::new(paths::BEFORE).join(path.to_string_lossy().replace('/', "+"))
+}
+
+pub async fn switch_to(service: &Name, slot: Slot) -> Result<()> {
+    let installed = Installed::require()?;
+    let service = installed.service(Some(service))?;
+    let request = switch::Request { verb: "restore", reason: "" };
+    switch::run(&installed, service, slot, &request).await.map(drop)
 }
 
 fn bundle<'a>(host: &Host<'a>) -> Result<&'a Bundle> {
@@ -153,7 +243,7 @@ fn bundle<'a>(host: &Host<'a>) -> Result<&'a Bundle> {
 /// A blob becomes a file only after its bytes were found to be the named ones. The name comes from the
 /// bundle: it is looked up beneath the folder's handle and can lead nowhere else.
 fn extract(
-    bundle: &Bundle,
+    from: impl Read,
     digest: &Digest,
     dir: &Dir,
     dir_path: &Path,
@@ -166,7 +256,7 @@ fn extract(
     let options = options.write(true).create_new(true).mode(mode);
     let path = dir_path.join(name);
     let mut file = dir.open_with(UNFINISHED, options).at(&path)?;
-    let (found, _) = Digest::of_reader(bundle.blob(digest)?, |piece| file.write_all(piece)).at(&path)?;
+    let (found, _) = Digest::of_reader(from, |piece| file.write_all(piece)).at(&path)?;
     if found != *digest {
         return Err(Code::Bundle
             .err(format!("blob {digest} changed since the bundle was verified"))
@@ -176,22 +266,65 @@ fn extract(
     dir.rename(UNFINISHED, dir, name).at(&path)
 }
 
-fn copy_tool(path: &Path) -> Result<()> {
+fn write(Text { path, text, mode, owner }: &Text) -> Result<()> {
+    hostfs::write(path, text.as_bytes(), *mode, owner.as_deref())
+}
+
+pub fn trust_ca(path: &Path) -> Result<()> {
+    hostfs::write(path, &std::fs::read(paths::CA).at(paths::CA)?, 0o644, None)
+}
+
+/// Keeps this zd, and the one before, by their bytes, and makes this one the one that is called.
+fn put_tool() -> Result<()> {
     let own = std::env::current_exe().at("the running zd")?;
-    let mut temp = hostfs::temp_beside(path)?;
-    std::io::copy(&mut File::open(&own).at(&own)?, &mut temp).at(path)?;
-    hostfs::keep(temp, path, 0o755, (0, 0))
+    let path = Path::new(paths::TOOL);
+    if path.exists() {
+        keep_tool(path)?;
+    }
+    hostfs::set_link(path, &keep_tool(&own)?)
+}
+
+fn keep_tool(path: &Path) -> Result<PathBuf> {
+    let kept = tool_program(&hash_file(path)?.0);
+    if !kept.exists() {
+        let mut temp = hostfs::temp_beside(&kept)?;
+        std::io::copy(&mut File::open(path).at(path)?, &mut temp).at(&kept)?;
+        hostfs::keep(temp, &kept, 0o755, (0, 0))?;
+    }
+    Ok(kept)
+}
+
+/// Once: a copy that is there is of before the program changed.
+async fn copy_data(unit: &str, data: &DataCopy) -> Result<()> {
+    if data.copy.exists() {
+        return Ok(());
+    }
+    systemd::stop(unit).await?;
+    hostfs::make_dir(Path::new(paths::BEFORE), 0o700, None)?;
+    let partial = data.copy.with_extension("partial");
+    hostfs::remove_tree(&partial)?;
+    hostfs::make_dir(&partial, 0o700, None)?;
+    for folder in data.folders.iter().filter(|f| f.exists()) {
+        hostfs::copy_tree(folder, &partial.join(folder.file_name().unwrap_or_default())).await?;
+    }
+    std::fs::rename(&partial, &data.copy).at(&data.copy)
 }
 
 /// Registers a slot's job when the one before has made room.
 pub async fn place_job(service: &Name, slot: Slot, job: &Value) -> Result<()> {
     clear_job(service, slot).await?;
-    nomad::register(&nomad::connect()?, job).await
+    register(service, slot, job).await
+}
+
+/// Registers a job and keeps it as it was registered: whatever differs from it later was changed by others.
+async fn register(service: &Name, slot: Slot, job: &Value) -> Result<()> {
+    nomad::register(&nomad::connect()?, job).await?;
+    hostfs::write(&paths::placed_job(service, slot), format!("{job:#}\n").as_bytes(), 0o600, None)
 }
 
 /// Registers a job over itself and waits until the containers that are too many are gone.
 pub async fn resize_job(service: &Name, slot: Slot, job: &Value) -> Result<()> {
-    nomad::register(&nomad::connect()?, job).await?;
+    register(service, slot, job).await?;
     let groups = job["TaskGroups"].as_array().map_or(0, Vec::len);
     gone(service, slot, |container| usize::from(container.instance) > groups).await
 }
@@ -225,14 +358,21 @@ async fn rendered(path: &Path) -> Result<()> {
     let missing = || {
         Code::Stack
             .err(format!("consul-template has not written {} after {READY:?}", path.display()))
-            .cure("see `journalctl -u consul-template`, then run the same command again")
+            .cure("see `zd logs consul-template`, then run the same command again")
     };
-    until(READY, EVERY, async || path.exists().then_some(()).ok_or_else(missing)).await
+    systemd::until_serving("consul-template.service", READY, EVERY, async || {
+        path.exists().then_some(()).ok_or_else(missing)
+    })
+    .await
 }
 
-/// The gate configuration, checked by nginx, loaded; what nginx refuses is taken back.
+/// The gate configuration. Where nginx runs, it is checked and loaded; what nginx refuses is taken back.
 pub async fn load_gate(service: &Name, text: &str) -> Result<()> {
-    reload::with(service, &paths::nginx_conf(service), text.as_bytes()).await
+    let path = paths::nginx_conf(service);
+    if systemd::is_active(&paths::nginx_unit(service)).await? {
+        return reload::with(service, &path, text.as_bytes()).await;
+    }
+    hostfs::write(&path, text.as_bytes(), 0o644, None)
 }
 
 async fn load_pools(installed: &Installed, service: &Name) -> Result<()> {
@@ -250,12 +390,14 @@ async fn load_pools(installed: &Installed, service: &Name) -> Result<()> {
 }
 
 async fn push(host: &Host<'_>, reference: &str) -> Result<()> {
-    let bundle = bundle(host)?;
-    let image = bundle.lock.images.iter().find(|i| i.reference.to_string() == reference);
+    let image = host.image(reference);
     let image = image.ok_or_else(|| Code::Bug.err(format!("image {reference} is not in the lock")))?;
-    let total = image.layers.iter().chain([&image.config]).map(|d| bundle.lock.size_of(d)).sum();
+    let mut total = 0;
+    for digest in image.layers.iter().chain([&image.config]) {
+        total += host.blob(digest).map_or(0, |(_, size)| size);
+    }
     let bar = host.ui.bytes(format!("push {reference}"), total);
-    let result = registry().await?.push(bundle, image, &bar).await;
+    let result = Registry::open().await?.push(host, image, tag(reference), &bar).await;
     bar.finish_and_clear();
     result
 }

@@ -9,37 +9,45 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use serde_json::Value;
 
 use super::Check;
+use crate::backup::Backup;
+use crate::bundle::manifest::Product;
 use crate::bundle::sources::cache::hash_file;
-use crate::error::{At, Code, Result};
+use crate::error::{At, Code, OrCode, Result};
 use crate::host::config::{HostConfig, Installed};
 use crate::host::docker::Docker;
 use crate::host::registry::Registry;
 use crate::host::secrets::Token;
 use crate::host::{Host, consul, fs as hostfs, nginx, nomad, packages, paths, systemd};
 use crate::ids::{Digest, Name};
-use crate::plan::{Step, Undo};
+use crate::plan::slot::{named_as, same_content};
+use crate::plan::{Moved, Standing, Step, Text, Undo};
 use crate::service::state::{self, State};
-use crate::service::{health, pointer, switch};
+use crate::service::{health, pointer, renew, switch};
 
 pub async fn check(step: &Step, host: &Host<'_>) -> Result<Check> {
     let needed_unless =
         |satisfied: bool, undo: Undo| if satisfied { Check::Satisfied } else { Check::Needed(undo) };
     Ok(match step {
         Step::Dir { path, mode, owner, keep } => dir(path, *mode, owner.as_deref(), *keep)?,
-        Step::File { path, text, mode, owner } => file(path, text.as_bytes(), *mode, owner.as_deref())?,
+        Step::File(text) => file(text)?,
         Step::Files { path, files, .. } => {
-            let mut all = true;
+            let (mut all, mut new) = (true, Vec::new());
             for (name, digest) in files {
                 let file = path.join(name);
-                all = all && file.exists() && hash_file(&file)?.0 == *digest;
+                if !file.exists() {
+                    new.push(file);
+                } else {
+                    all = all && hash_file(&file)?.0 == *digest;
+                }
             }
-            let paths = files.iter().map(|(name, _)| path.join(name)).collect();
-            needed_unless(all, Undo::RemoveFiles { paths })
+            needed_unless(all && new.is_empty(), Undo::RemoveFiles { paths: new })
         }
-        Step::Tool { path } => needed_unless(is_this_tool(path)?, remove([path.clone()])),
+        Step::Tool => tool()?,
         Step::Link { path, target } => match fs::read_link(path) {
             Ok(found) if found == *target => Check::Satisfied,
             Ok(found) => Check::Needed(Undo::RestoreLink { path: path.clone(), target: found }),
+            // An earlier zd had the program itself there.
+            Err(_) if path.is_file() && path.starts_with(paths::GENERATIONS) => Check::Satisfied,
             Err(_) if path.exists() => {
                 return Err(Code::Preflight
                     .err(format!("{} is there and is no link of zd's", path.display()))
@@ -47,10 +55,10 @@ pub async fn check(step: &Step, host: &Host<'_>) -> Result<Check> {
             }
             Err(_) => Check::Needed(remove([path.clone()])),
         },
-        Step::Secret(secret) => {
-            let files = secret.files();
-            needed_unless(files[0].exists(), Undo::RemoveFiles { paths: files })
-        }
+        Step::Secret(secret) => match secret.found() {
+            None => Check::Needed(Undo::RemoveFiles { paths: secret.files() }),
+            Some(found) => needed_unless(found == *secret, Undo::Remake { secret: found }),
+        },
         Step::TrustCa { path } => {
             let same = match (hostfs::read_if_any(path)?, hostfs::read_if_any(Path::new(paths::CA))?) {
                 (Some(here), Some(ca)) => here == ca,
@@ -58,6 +66,7 @@ pub async fn check(step: &Step, host: &Host<'_>) -> Result<Check> {
             };
             needed_unless(same, remove([path.clone()]))
         }
+        Step::UntrustCa { path } => needed_unless(!path.exists(), Undo::TrustCa { path: path.clone() }),
         Step::User { name, .. } => {
             needed_unless(hostfs::ids(Some(name)).is_ok(), Undo::RemoveUser { name: name.clone() })
         }
@@ -66,6 +75,17 @@ pub async fn check(step: &Step, host: &Host<'_>) -> Result<Check> {
             let settled = systemd::is_masked(unit).await? || packages::is_installed(package).await?;
             needed_unless(settled, Undo::Unmask { unit: unit.clone() })
         }
+        Step::Upgrade { before, packages, .. } => {
+            let mut moved = true;
+            for package in packages {
+                moved &= packages::version_of(&package.name).await?.as_ref() == Some(&package.to);
+            }
+            let back = |p: &Moved| Moved { name: p.name.clone(), from: p.to.clone(), to: p.from.clone() };
+            let packages = packages.iter().map(back).collect();
+            needed_unless(moved, Undo::PutBackPackages { repository: before.clone(), packages })
+        }
+        Step::Renew(process) => needed_unless(!renew::is_stale(process).await?, Undo::Nothing),
+        Step::Untouched { containers } => needed_unless(untouched(containers).await.is_ok(), Undo::Nothing),
         Step::Packages { repository, wanted } => packages_step(repository, wanted).await?,
         Step::Unit { name } => {
             let (was_enabled, was_active) =
@@ -74,6 +94,19 @@ pub async fn check(step: &Step, host: &Host<'_>) -> Result<Check> {
                 was_enabled && was_active,
                 Undo::StopUnit { name: name.clone(), was_enabled, was_active },
             )
+        }
+        Step::Daemon { unit, files, data } => {
+            let mut undos = Vec::new();
+            for text in files {
+                if let Check::Needed(undo) = file(text)? {
+                    undos.push(undo);
+                }
+            }
+            let (was_enabled, was_active) =
+                (systemd::is_enabled(unit).await?, systemd::is_active(unit).await?);
+            let same = undos.is_empty() && was_enabled && was_active;
+            let (unit, data) = (unit.clone(), data.clone());
+            needed_unless(same, Undo::PutBackDaemon { unit, files: undos, was_enabled, was_active, data })
         }
         Step::Enabled { name } => {
             let (was_enabled, was_active) = (systemd::is_enabled(name).await?, true);
@@ -95,15 +128,20 @@ pub async fn check(step: &Step, host: &Host<'_>) -> Result<Check> {
         }
         Step::Gate { service, text } => {
             let path = paths::nginx_conf(service);
-            let found = fs::read_to_string(&path).at(&path)?;
-            needed_unless(found == *text, Undo::PutBackGate { service: service.clone(), text: found })
+            match hostfs::read_if_any(&path)? {
+                None => Check::Needed(remove([path])),
+                Some(found) => {
+                    let found = String::from_utf8(found).or_code(Code::Io, path.display())?;
+                    needed_unless(found == *text, Undo::PutBackGate { service: service.clone(), text: found })
+                }
+            }
         }
         Step::Instances { service, instances } => {
             needed_unless(State::read(service)?.instances == Some(*instances), state_undo(service)?)
         }
         Step::Resize { service, slot, job } => {
             let (service, slot) = (service.clone(), *slot);
-            match registered(&paths::job(&service, slot), job).await? {
+            match registered(&paths::job(&service, slot), job, host).await? {
                 Some((differs, before)) => {
                     needed_unless(!differs, Undo::ResizeBack { service, slot, job: before })
                 }
@@ -122,9 +160,10 @@ pub async fn check(step: &Step, host: &Host<'_>) -> Result<Check> {
             };
             needed_unless(found == *value, undo)
         }
-        Step::Job { service, slot, job } => {
+        Step::Job { service, slot, job, keep } => {
             let (service, slot) = (service.clone(), *slot);
-            match registered(&paths::job(&service, slot), job).await {
+            match registered(&paths::job(&service, slot), job, host).await {
+                Ok(Some((_, before))) if *keep && same_content(&before, job) => Check::Satisfied,
                 Ok(Some((differs, before))) => {
                     needed_unless(!differs, Undo::PutBackJob { service, slot, job: before })
                 }
@@ -134,7 +173,10 @@ pub async fn check(step: &Step, host: &Host<'_>) -> Result<Check> {
                 Err(e) => return Err(e),
             }
         }
-        Step::RegistryReady => needed_unless(registry().await.is_ok(), Undo::Nothing),
+        Step::RegistryReady => {
+            let ready = async { registry(host).await?.reads_only().await };
+            needed_unless(ready.await.unwrap_or(false), Undo::Nothing)
+        }
         Step::Push { image } => needed_unless(is_pushed(image, host).await, Undo::Nothing),
         Step::Network { subnet } => match docker(|d| async move { d.network().await }).await {
             Some(Some(found)) if found == *subnet => Check::Satisfied,
@@ -188,33 +230,107 @@ pub async fn check(step: &Step, host: &Host<'_>) -> Result<Check> {
             let same = state.slots.get(slot).is_some_and(|f| f.version == *version && f.digest == *digest);
             needed_unless(same, state_undo(service)?)
         }
+        Step::Restored(restored) => {
+            let (mut same, mut files, mut new) = (true, Vec::new(), Vec::new());
+            for entry in &restored.files {
+                let path = Path::new("/").join(&entry.path);
+                match hostfs::read_if_any(&path)? {
+                    None => new.push(path),
+                    Some(bytes) => {
+                        let ids = hostfs::ids(entry.owner.as_deref());
+                        same &= Digest::of(&bytes) == entry.digest
+                            && ids.is_ok_and(|ids| hostfs::looks_like(&path, entry.mode, ids));
+                        files.push(path);
+                    }
+                }
+            }
+            let unit = restored.unit.clone();
+            needed_unless(same && new.is_empty(), Undo::PutBackFiles { files, new, unit })
+        }
+        Step::Snapshot { product } => {
+            let known = match product {
+                Product::Consul => consul::is_ready().await?,
+                _ => nomad::knows_token().await,
+            };
+            needed_unless(known, Undo::Nothing)
+        }
+        Step::RestoredLog => {
+            let log = Path::new(paths::AUDIT);
+            let (found, saved) = (hostfs::read_if_any(log)?, backup(host)?.file(log).unwrap_or_default());
+            let new: Vec<PathBuf> = [log, Path::new(paths::AUDIT_HEAD)].map(Into::into).into();
+            match found {
+                None => {
+                    needed_unless(saved.is_empty(), Undo::PutBackFiles { files: Vec::new(), new, unit: None })
+                }
+                Some(found) => needed_unless(
+                    !saved.starts_with(&found) || found == saved,
+                    Undo::PutBackFiles { files: new, new: Vec::new(), unit: None },
+                ),
+            }
+        }
+        Step::Switched { service, slot } => {
+            let active = pointer::read(service).map(|p| p.slot());
+            match active {
+                Ok(active) if active == *slot => Check::Satisfied,
+                Ok(active) => Check::Needed(Undo::SwitchBack { service: service.clone(), slot: active }),
+                Err(e) => return Err(e),
+            }
+        }
         Step::Firewall { kind, port } => {
             needed_unless(kind.is_open(*port).await?, Undo::CloseFirewall { kind: *kind, port: *port })
         }
     })
 }
 
+pub fn backup<'a>(host: &Host<'a>) -> Result<&'a Backup> {
+    host.backup.ok_or_else(|| Code::Bug.err("a step needs a backup and there is none"))
+}
+
 fn remove<const N: usize>(paths: [PathBuf; N]) -> Undo {
     Undo::RemoveFiles { paths: paths.into() }
 }
 
-/// The job as Nomad has it, and whether `wanted` would change it; None where there is none.
-async fn registered(id: &str, wanted: &Value) -> Result<Option<(bool, Value)>> {
-    let api = nomad::connect()?;
-    let Some(before) = nomad::job(&api, id).await? else { return Ok(None) };
-    Ok(Some((nomad::differs(&api, id, wanted).await?, before)))
+/// They are at work, and were not stopped or started since.
+pub async fn untouched(containers: &[Standing]) -> Result<()> {
+    let docker = Docker::connect().await?;
+    for before in containers {
+        let now = docker.find(&before.id).await?;
+        if !now.is_some_and(|now| now.running && now.started_at == before.started_at) {
+            return Err(Code::Docker
+                .err(format!("container {} was stopped or started again, which nobody meant to", before.name))
+                .cure("see `zd logs docker` and, with that engine, `zd logs nomad`"));
+        }
+    }
+    Ok(())
 }
 
-/// Settings as they will be: what is installed, or what the running install has written so far.
+/// The job as Nomad has it, and whether `wanted` would change it; None where there is none.
+async fn registered(id: &str, wanted: &Value, host: &Host<'_>) -> Result<Option<(bool, Value)>> {
+    let api = nomad::connect()?;
+    let Some(before) = nomad::job(&api, id).await? else { return Ok(None) };
+    let wanted = named_as(wanted, &before, &coming(host)?.host);
+    Ok(Some((nomad::differs(&api, id, &wanted).await?, before)))
+}
+
+/// Settings as they will be: what the plan leads to where that is known, else what is installed, or what the running
+/// install has written so far.
 pub fn coming(host: &Host<'_>) -> Result<Installed> {
+    if let Some(coming) = host.coming {
+        return Ok(coming.clone());
+    }
+    if let Some(backup) = host.backup {
+        return Ok(backup.installed());
+    }
     match (Installed::read()?, host.bundle) {
         (Some(installed), _) => Ok(installed),
         (None, Some(bundle)) => {
             let host = HostConfig::read()?.unwrap_or(HostConfig {
                 schema: 1,
                 ip: std::net::Ipv4Addr::LOCALHOST,
+                node: None,
                 subnet: "0.0".into(),
                 registry_port: 0,
+                former_registries: Vec::new(),
                 generation: 0,
                 bundle: bundle.id.clone(),
             });
@@ -224,16 +340,19 @@ pub fn coming(host: &Host<'_>) -> Result<Installed> {
     }
 }
 
-pub async fn registry() -> Result<Registry> {
-    let config =
-        HostConfig::read()?.ok_or_else(|| Code::NotInstalled.err("this host has no settings yet"))?;
-    Registry::connect(&config).await
+async fn registry(host: &Host<'_>) -> Result<Registry> {
+    Registry::connect(&coming(host)?.host).await
 }
 
 async fn is_pushed(image: &str, host: &Host<'_>) -> bool {
-    let wanted = host.bundle.and_then(|b| b.lock.images.iter().find(|i| i.reference.to_string() == image));
-    let (Some(wanted), Ok(registry)) = (wanted, registry().await) else { return false };
-    registry.digest(&wanted.reference).await.ok().flatten().as_ref() == Some(&wanted.manifest)
+    let (Some(wanted), Ok(registry)) = (host.image(image), registry(host).await) else { return false };
+    let found = registry.digest_of(&wanted.reference.name, tag(image)).await;
+    found.ok().flatten().as_ref() == Some(&wanted.manifest)
+}
+
+/// What an image goes by in its repository: `name:version` or `name@digest`.
+pub fn tag(image: &str) -> &str {
+    image.split_once(['@', ':']).map_or(image, |(_, tag)| tag)
 }
 
 /// Asks Docker; no answer is no finding (before an install there is no Docker to ask).
@@ -262,9 +381,10 @@ fn dir(path: &Path, mode: u32, owner: Option<&str>, keep: crate::plan::Keep) -> 
     }))
 }
 
-fn file(path: &Path, bytes: &[u8], mode: u32, owner: Option<&str>) -> Result<Check> {
+fn file(Text { path, text, mode, owner }: &Text) -> Result<Check> {
     let Some(found) = hostfs::read_if_any(path)? else { return Ok(Check::Needed(remove([path.into()]))) };
-    if found == bytes && hostfs::ids(owner).is_ok_and(|ids| hostfs::looks_like(path, mode, ids)) {
+    let ids = hostfs::ids(owner.as_deref());
+    if found == text.as_bytes() && ids.is_ok_and(|ids| hostfs::looks_like(path, *mode, ids)) {
         return Ok(Check::Satisfied);
     }
     restore(path, &found).map(Check::Needed)
@@ -304,8 +424,20 @@ async fn packages_step(repository: &Path, wanted: &[String]) -> Result<Check> {
     Ok(Check::Needed(Undo::Purge { packages: change.new, leftovers: packages::Leftovers::look()? }))
 }
 
-fn is_this_tool(path: &Path) -> Result<bool> {
-    let own = std::env::current_exe().at("the running zd")?;
-    let digest = |p: &Path| -> Result<Digest> { Ok(hash_file(p)?.0) };
-    Ok(path.exists() && (own == path || digest(&own)? == digest(path)?))
+/// The running zd, by its bytes.
+fn tool() -> Result<Check> {
+    let (own, path) = (std::env::current_exe().at("the running zd")?, Path::new(paths::TOOL));
+    if !path.exists() {
+        return Ok(Check::Needed(remove([path.into()])));
+    }
+    let found = hash_file(path)?.0;
+    if own == path.canonicalize().at(path)? || hash_file(&own)?.0 == found {
+        return Ok(Check::Satisfied);
+    }
+    Ok(Check::Needed(Undo::RestoreLink { path: path.into(), target: tool_program(&found) }))
+}
+
+/// Where a zd of these bytes is kept.
+pub fn tool_program(digest: &Digest) -> PathBuf {
+    Path::new(paths::PROGRAMS).join(paths::program("zd", digest))
 }

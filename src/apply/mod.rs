@@ -10,12 +10,23 @@ use serde::Serialize;
 
 use crate::audit;
 use crate::error::Result;
-use crate::host::Host;
+use crate::host::{Host, registry};
 use crate::ids::Digest;
-use crate::plan::{Plan, Undo};
-use crate::receipt::{self, Outcome, Receipt};
+use crate::plan::{Plan, Step, Undo};
+use crate::receipt::{self, Intended, Outcome, Receipt};
 
 pub use revert::{purge_leftovers, sweep};
+
+/// How far an undo goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// What was there before serves again.
+    Back,
+    /// All of zd goes: nothing is started again only to be stopped by the next undo. Data stays.
+    Remove,
+    /// As `Remove`, with the data.
+    Purge,
+}
 
 /// What looking at a step found.
 pub enum Check {
@@ -31,7 +42,7 @@ pub struct Summary {
     pub same: usize,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Clone, Debug, Serialize)]
 pub struct Done {
     pub step: String,
     pub seconds: f64,
@@ -70,20 +81,54 @@ impl Preview {
     }
 }
 
-/// Applies a plan. An unfinished receipt of the same plan is taken up; otherwise a new one begins with
-/// the first step that has to act, so that a run with nothing to do leaves no trace.
+/// Applies a plan, and ends what was open for its time only: also after a failure, and for a run that was killed.
 pub async fn apply(plan: &Plan, host: &Host<'_>, by: &str, bundle: Option<&Digest>) -> Result<Summary> {
-    let mut journal = receipt::unfinished()?;
     let mut summary = Summary::default();
+    attempt(plan, host, by, bundle, &mut summary).await?;
+    Ok(summary)
+}
+
+/// As [`apply`]; what was done before a failure is told as well.
+async fn attempt(
+    plan: &Plan,
+    host: &Host<'_>,
+    by: &str,
+    bundle: Option<&Digest>,
+    summary: &mut Summary,
+) -> Result<()> {
+    let applied = carry_out(plan, host, by, bundle, summary).await;
+    let pushes = plan.steps.iter().any(|step| matches!(step, Step::Push { .. }));
+    let closed = if pushes { registry::close().await } else { Ok(()) };
+    applied.and(closed)
+}
+
+/// An unfinished receipt of the same plan is taken up; otherwise a new one begins with the first step that has to
+/// act, so that a run with nothing to do leaves no trace.
+async fn carry_out(
+    plan: &Plan,
+    host: &Host<'_>,
+    by: &str,
+    bundle: Option<&Digest>,
+    summary: &mut Summary,
+) -> Result<()> {
+    let mut journal = receipt::unfinished()?;
     let bar = host.ui.count(format!("{} {}", plan.verb, plan.about), plan.steps.len() as u64);
     for step in &plan.steps {
         let title = step.title();
         bar.set_message(title.clone());
-        match check::check(step, host).await? {
-            Check::Satisfied => {
+        // The files may be there while their process runs with those before: its restart was not reached.
+        let half_done = matches!(step, Step::Daemon { .. } | Step::Gate { .. } | Step::Renew(_))
+            && journal.as_ref().is_some_and(|j| j.is_half_done(&title));
+        let undo = match check::check(step, host).await? {
+            Check::Satisfied if !half_done => None,
+            Check::Satisfied => Some(Undo::Nothing),
+            Check::Needed(undo) => Some(undo),
+        };
+        match undo {
+            None => {
                 summary.same += 1;
             }
-            Check::Needed(undo) => {
+            Some(undo) => {
                 let journal = match &mut journal {
                     Some(journal) => journal,
                     none => none.insert(Receipt::begin(plan, by, bundle)?),
@@ -91,6 +136,10 @@ pub async fn apply(plan: &Plan, host: &Host<'_>, by: &str, bundle: Option<&Diges
                 journal.intend(&title, &undo)?;
                 let start = Instant::now();
                 act::act(step, host).await.map_err(|e| e.during(&title))?;
+                // Behind the last way back what requests see changes nothing any more; the report has it.
+                if let Some(watch) = host.watch.filter(|_| !undo.is_finish()) {
+                    watch.verdict().map_err(|e| e.during(&title))?;
+                }
                 journal.done(&title)?;
                 let seconds = start.elapsed().as_secs_f64();
                 host.ui.done(if seconds < 1.0 { title.clone() } else { format!("{title} ({seconds:.1} s)") });
@@ -103,29 +152,43 @@ pub async fn apply(plan: &Plan, host: &Host<'_>, by: &str, bundle: Option<&Diges
     if let Some(mut journal) = journal {
         journal.end(Outcome::Applied)?;
     }
-    Ok(summary)
+    Ok(())
 }
 
-/// Applies a plan that must not be left half done: on failure all is as it was before.
-pub async fn apply_or_back(plan: &Plan, host: &Host<'_>) -> Result<Summary> {
-    let failed = match apply(plan, host, &audit::actor(), None).await {
-        Ok(summary) => return Ok(summary),
+/// Applies a plan that must not be left half done: on failure all is as it was before, or, behind the last way back,
+/// as the plan says after all.
+pub async fn apply_or_back(plan: &Plan, host: &Host<'_>, bundle: Option<&Digest>) -> Result<Summary> {
+    let mut summary = Summary::default();
+    let failed = match attempt(plan, host, &audit::actor(), bundle, &mut summary).await {
+        Ok(()) => return Ok(summary),
         Err(e) => e,
     };
+    let start = Instant::now();
     if let Some(mut journal) = receipt::unfinished()? {
-        undo(&mut journal, host, false)
+        undo(&mut journal, host, Way::Back)
             .await
             .map_err(|u| u.during(format!("after: {failed}; going back")))?;
+        if journal.outcome == Some(Outcome::Applied) {
+            host.ui.warn(format!("{failed}; the second try went well"));
+            return Ok(summary);
+        }
+        host.ui.done(format!("back as it was before, in {:.1} s", start.elapsed().as_secs_f64()));
     }
     Err(failed)
 }
 
+/// The step by which a plan passed its point of no return.
+pub fn finish_of(journal: &Receipt) -> Option<&Intended> {
+    journal.steps.last().filter(|step| step.undo.is_finish())
+}
+
 /// Takes back what a receipt did, last first. Each undo is idempotent; a kill in between is resumed.
-/// A plan that had passed its point of no return is finished instead: nothing is taken back then.
-pub async fn undo(journal: &mut Receipt, host: &Host<'_>, purge: bool) -> Result<Vec<String>> {
+/// On the way back a plan that had passed its point of no return is finished instead: nothing is taken back then, and
+/// the receipt's outcome is `Applied`.
+pub async fn undo(journal: &mut Receipt, host: &Host<'_>, way: Way) -> Result<Vec<String>> {
     let mut taken_back = Vec::new();
-    if let Some(last) = journal.steps.last().filter(|i| matches!(i.undo, Undo::FinishRemoving { .. })) {
-        revert::revert(&last.undo.clone(), host, purge).await?;
+    if let Some(last) = finish_of(journal).filter(|_| way == Way::Back) {
+        revert::revert(&last.undo.clone(), host, way).await?;
         journal.end(Outcome::Applied)?;
         return Ok(taken_back);
     }
@@ -135,7 +198,7 @@ pub async fn undo(journal: &mut Receipt, host: &Host<'_>, purge: bool) -> Result
         host.ui.count(format!("undo {} {}", journal.header.verb, journal.header.about), todo.len() as u64);
     for (step, undo) in todo {
         bar.set_message(step.clone());
-        revert::revert(&undo, host, purge).await.map_err(|e| e.during(format!("undoing {step}")))?;
+        revert::revert(&undo, host, way).await.map_err(|e| e.during(format!("undoing {step}")))?;
         journal.undone(&step)?;
         if undo != Undo::Nothing {
             host.ui.done(format!("undone: {step}"));

@@ -1,26 +1,31 @@
 //! Carrying out one undo. Each is idempotent and content with what is gone already.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 
-use super::act::{clear_job, load_gate, place_job, resize_job};
-use crate::error::{Code, OrCode, Result};
+use super::Way;
+use super::act::{aside, clear_job, load_gate, place_job, resize_job, switch_to, trust_ca};
+use crate::error::{At, Code, OrCode, Result};
+use crate::facts;
+use crate::host::config::{HostConfig, Installed};
 use crate::host::docker::{Docker, parked};
+use crate::host::registry::Registry;
+use crate::host::secrets::Secret;
 use crate::host::{Host, consul, exec, fs as hostfs, nomad, packages, paths, systemd};
 use crate::ids::{Name, Slot};
-use crate::plan::{Keep, Undo};
+use crate::plan::{DataCopy, Keep, Undo};
 use crate::receipt::Receipt;
+use crate::service::renew;
 
-pub async fn revert(undo: &Undo, host: &Host<'_>, purge: bool) -> Result<()> {
+pub async fn revert(undo: &Undo, host: &Host<'_>, way: Way) -> Result<()> {
+    let purge = way == Way::Purge;
     match undo {
         Undo::Nothing => Ok(()),
-        Undo::RemoveFiles { paths } => {
-            for path in paths {
-                hostfs::remove_file(path)?;
-            }
-            if paths.iter().any(|p| p.starts_with(paths::UNITS)) {
+        Undo::RemoveFiles { .. } | Undo::RestoreFile { .. } => {
+            if revert_file(undo).await? {
                 systemd::daemon_reload().await?;
             }
             Ok(())
@@ -32,9 +37,12 @@ pub async fn revert(undo: &Undo, host: &Host<'_>, purge: bool) -> Result<()> {
             Keep::Ours | Keep::Data => hostfs::remove_tree(path),
             Keep::Shared => hostfs::remove_empty(path),
         },
-        Undo::RestoreFile { path, bytes, mode, uid, gid } => {
-            let bytes = BASE64.decode(bytes).or_code(Code::Bug, "a receipt's bytes")?;
-            hostfs::write_owned(path, &bytes, *mode, (*uid, *gid))
+        // Their files go with the undo of the install.
+        Undo::Remake { .. } | Undo::TrustCa { .. } if way != Way::Back => Ok(()),
+        Undo::Remake { secret } => remake(secret).await,
+        Undo::TrustCa { path } => {
+            path.parent().map_or(Ok(()), |dir| hostfs::make_dir(dir, 0o755, None))?;
+            trust_ca(path)
         }
         Undo::RestoreLink { path, target } => hostfs::set_link(path, target),
         Undo::RestoreMode { path, mode, uid, gid } => {
@@ -51,6 +59,18 @@ pub async fn revert(undo: &Undo, host: &Host<'_>, purge: bool) -> Result<()> {
         }
         Undo::Unmask { unit } => systemd::unmask(unit).await,
         Undo::Purge { packages, leftovers } => purge_packages(packages, leftovers, host, purge).await,
+        // Those that zd brought are purged by the undo that says so.
+        Undo::PutBackPackages { .. } if way != Way::Back => Ok(()),
+        Undo::PutBackPackages { repository, packages } => {
+            packages::upgrade(repository, packages).await?;
+            let Some(installed) = Installed::read()? else { return Ok(()) };
+            for process in renew::all(&installed) {
+                if renew::is_stale(&process).await? {
+                    renew::renew(&process, &installed).await?;
+                }
+            }
+            Ok(())
+        }
         Undo::StopUnit { name, was_enabled, was_active } => {
             if !was_active {
                 systemd::stop(name).await?;
@@ -61,12 +81,35 @@ pub async fn revert(undo: &Undo, host: &Host<'_>, purge: bool) -> Result<()> {
             let _ = exec::try_run(&["systemctl", "reset-failed", name]).await?;
             Ok(())
         }
+        Undo::PutBackDaemon { unit, files, was_enabled, was_active, data } => {
+            if way != Way::Back || !was_active {
+                systemd::stop(unit).await?;
+            }
+            if way == Way::Back
+                && let Some(data) = data
+            {
+                put_back_data(unit, data).await?;
+            }
+            if !was_enabled {
+                systemd::disable(unit).await?;
+            }
+            for file in files {
+                revert_file(file).await?;
+            }
+            systemd::daemon_reload().await?;
+            if way == Way::Back && *was_active {
+                return systemd::restart(unit).await;
+            }
+            let _ = exec::try_run(&["systemctl", "reset-failed", unit]).await?;
+            Ok(())
+        }
         // Without a daemon there is nothing to take away from it.
         Undo::RemoveNetwork => match Docker::connect().await {
             Ok(docker) => docker.remove_network().await,
             Err(_) => Ok(()),
         },
-        Undo::RemoveContainer { name } => match Docker::connect().await {
+        Undo::PutBack { name } if way == Way::Back => Docker::connect().await?.put_back(name).await,
+        Undo::RemoveContainer { name } | Undo::PutBack { name } => match Docker::connect().await {
             Ok(docker) => {
                 docker.remove(&parked(name)).await?;
                 docker.remove(name).await
@@ -74,6 +117,14 @@ pub async fn revert(undo: &Undo, host: &Host<'_>, purge: bool) -> Result<()> {
             Err(_) => Ok(()),
         },
         Undo::RemoveJob { service, slot } => remove_job(service, *slot).await,
+        Undo::PutBackJob { .. }
+        | Undo::ResizeBack { .. }
+        | Undo::PutBackGate { .. }
+        | Undo::PutBackKey { .. }
+            if way != Way::Back =>
+        {
+            Ok(())
+        }
         Undo::PutBackJob { service, slot, job } => place_job(service, *slot, job).await,
         Undo::ResizeBack { service, slot, job } => resize_job(service, *slot, job).await,
         // An uninstall takes Consul away with all that is in it.
@@ -83,18 +134,100 @@ pub async fn revert(undo: &Undo, host: &Host<'_>, purge: bool) -> Result<()> {
         },
         Undo::PutBackGate { service, text } => load_gate(service, text).await,
         Undo::FinishRemoving { containers } => {
-            let docker = Docker::connect().await?;
+            let docker = match Docker::connect().await {
+                Err(_) if way != Way::Back => return Ok(()),
+                docker => docker?,
+            };
             for name in containers {
                 docker.remove(name).await?;
             }
             Ok(())
         }
-        Undo::PutBack { name } => Docker::connect().await?.put_back(name).await,
         Undo::RestoreState { service, text } => {
             hostfs::write(&crate::service::state::path(service), text.as_bytes(), 0o644, None)
         }
         Undo::CloseFirewall { kind, port } => kind.close(*port).await,
+        Undo::PutBackFiles { files, new, unit } => {
+            new.iter().try_for_each(|path| hostfs::remove_file(path))?;
+            if way != Way::Back {
+                return Ok(());
+            }
+            files.iter().try_for_each(|path| put_back_file(path))?;
+            match unit {
+                Some(unit) if systemd::is_active(unit).await? => systemd::restart(unit).await,
+                _ => Ok(()),
+            }
+        }
+        Undo::SwitchBack { .. } if way != Way::Back => Ok(()),
+        Undo::SwitchBack { service, slot } => switch_to(service, *slot).await,
+        Undo::Unknown => Err(Code::Unfinished
+            .err("this receipt was written by a newer zd")
+            .cure("use the newer zd, from the stick it came on")),
     }
+}
+
+/// Undoes a step that made or changed files. Tells whether one was a unit's.
+async fn revert_file(undo: &Undo) -> Result<bool> {
+    let is_unit = |path: &Path| path.starts_with(paths::UNITS);
+    match undo {
+        Undo::RemoveFiles { paths } => {
+            let units = || paths.iter().filter(|p| is_unit(p));
+            // One that was started for a while, and whose zd was killed, ends with its file. What is still
+            // starting may be zd-settle, and so this very run.
+            for unit in units().filter_map(|p| p.file_name()?.to_str()) {
+                if systemd::is_active(unit).await? {
+                    systemd::stop(unit).await?;
+                }
+            }
+            for path in paths {
+                hostfs::remove_file(path)?;
+            }
+            Ok(units().next().is_some())
+        }
+        Undo::RestoreFile { path, bytes, mode, uid, gid } => {
+            let bytes = BASE64.decode(bytes).or_code(Code::Bug, "a receipt's bytes")?;
+            hostfs::write_owned(path, &bytes, *mode, (*uid, *gid))?;
+            Ok(is_unit(path))
+        }
+        other => Err(Code::Bug.err(format!("{other:?} is no undo of a file"))),
+    }
+}
+
+/// Without a copy the file was not touched yet.
+fn put_back_file(path: &Path) -> Result<()> {
+    let copy = aside(path);
+    let Some(bytes) = hostfs::read_if_any(&copy)? else { return Ok(()) };
+    let meta = std::fs::metadata(&copy).at(&copy)?;
+    hostfs::write_owned(path, &bytes, meta.mode() & 0o7777, (meta.uid(), meta.gid()))
+}
+
+/// A newer program may have written what the one before cannot read. Without a copy it never ran.
+async fn put_back_data(unit: &str, data: &DataCopy) -> Result<()> {
+    if !data.copy.exists() {
+        return Ok(());
+    }
+    systemd::stop(unit).await?;
+    for folder in &data.folders {
+        let copy = data.copy.join(folder.file_name().unwrap_or_default());
+        hostfs::remove_tree(folder)?;
+        if copy.exists() {
+            hostfs::copy_tree(&copy, folder).await?;
+        }
+    }
+    Ok(())
+}
+
+/// The registry reads its certificate when it starts. Where the address before is gone, there is nobody to wait for.
+async fn remake(secret: &Secret) -> Result<()> {
+    secret.make()?;
+    let registry = "zd-registry.service";
+    if matches!(secret, Secret::RegistryCertificate { .. }) && systemd::is_active(registry).await? {
+        systemd::restart(registry).await?;
+        if let Some(host) = HostConfig::read()?.filter(|host| facts::is_here(host.ip)) {
+            return Registry::ready(&host).await;
+        }
+    }
+    Ok(())
 }
 
 /// With Nomad gone its containers are still there: they are removed as well.
@@ -147,9 +280,14 @@ pub async fn purge_leftovers(journals: &[Receipt]) -> Result<()> {
     Ok(())
 }
 
-/// After the last undo with purge: all that is zd's by its name, also what an earlier uninstall left.
-pub fn sweep() -> Result<()> {
-    for tree in [paths::VAR, paths::LOG, paths::RUN] {
+/// After the last undo: the journal, and with purge all that is zd's by its name, also what an earlier uninstall left.
+pub async fn sweep(purge: bool) -> Result<()> {
+    systemd::end_journal(purge).await?;
+    if purge {
+        // systemd.timer(5), Persistent.
+        hostfs::remove_file(Path::new("/var/lib/systemd/timers/stamp-zd-backup.timer"))?;
+    }
+    for tree in [paths::VAR, paths::LOG, paths::RUN].iter().filter(|_| purge) {
         hostfs::remove_tree(Path::new(tree))?;
     }
     Ok(())

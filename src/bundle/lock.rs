@@ -7,6 +7,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::manifest::{Engine, ImageRef, Packages, Product, Service, Target};
+use crate::backup::Settings;
 use crate::error::{Code, Result};
 use crate::ids::{Digest, Fingerprint, Name, Version};
 
@@ -37,6 +38,9 @@ pub struct Lock {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub releases: Vec<Release>,
     pub services: Vec<Service>,
+    /// Left out where there is none, as in locks from before there were backups.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub backup: Option<Settings>,
     /// Every blob, once, in the order it stands in the bundle.
     pub blobs: Vec<Blob>,
 }
@@ -211,6 +215,10 @@ impl Lock {
 
     pub fn image(&self, reference: &ImageRef) -> Option<&Image> {
         self.images.iter().find(|i| i.reference == *reference)
+    }
+
+    pub fn release(&self, product: Product) -> Option<&Release> {
+        self.releases.iter().find(|r| r.product == product)
     }
 
     pub fn service(&self, name: &Name) -> Option<&Service> {

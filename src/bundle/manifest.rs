@@ -7,8 +7,24 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::backup::Settings;
 use crate::error::{Code, Error, Result};
 use crate::ids::{Digest, Name, Version};
+
+pub use super::service::{Door, Inlet, LongLived, Service, Sessions, Tcp};
+
+/// Port of the private registry, where an install is not told another. Not 5000: that is the usual HSMS port
+/// of the equipment next to us.
+pub const REGISTRY_PORT: u16 = 5443;
+/// Ports of the full stack, all on loopback.
+pub const STACK_PORTS: [(u16, &str); 6] = [
+    (8300, "servers of Consul"),
+    (8301, "gossip of Consul"),
+    (8500, "HTTP of Consul"),
+    (4646, "HTTP of Nomad"),
+    (4647, "RPC of Nomad"),
+    (4648, "gossip of Nomad"),
+];
 
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
@@ -30,6 +46,8 @@ pub struct Manifest {
     pub releases: Vec<Release>,
     #[serde(default, rename = "service")]
     pub services: Vec<Service>,
+    /// How hosts are backed up, unless one is told otherwise there.
+    pub backup: Option<Settings>,
 }
 
 /// Who runs the containers.
@@ -241,79 +259,6 @@ impl fmt::Display for Product {
     }
 }
 
-/// A service that is run blue-green. Stands unchanged in the lock.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
-pub struct Service {
-    pub name: Name,
-    /// Image repository in the bundle.
-    pub image: Name,
-    /// Version that `install` starts in both slots.
-    pub version: Version,
-    /// Port the container listens on.
-    pub port: u16,
-    /// Port nginx serves it on, on all addresses of the host.
-    pub listen: u16,
-    /// Port of the standby entry.
-    pub standby_listen: u16,
-    /// Networks besides localhost that may use the standby entry (CIDR).
-    #[serde(default)]
-    pub standby_allow: Vec<String>,
-    #[serde(default = "root_paths")]
-    pub paths: Vec<String>,
-    #[serde(default = "health_path")]
-    pub health: String,
-    #[serde(default)]
-    pub server_names: Vec<String>,
-    /// Containers per slot, 1 to 9.
-    #[serde(default = "one")]
-    pub instances: u8,
-    /// Weight of each instance in its pool; 1 where not given.
-    #[serde(default)]
-    pub weights: Vec<u16>,
-    #[serde(default = "one_u32")]
-    pub max_fails: u32,
-    /// Seconds an instance is left out after `max_fails` failures.
-    #[serde(default = "ten")]
-    pub fail_timeout: u32,
-    /// Seconds an answer may take.
-    #[serde(default = "sixty")]
-    pub read_timeout: u32,
-    /// Seconds a slot may take to become healthy.
-    #[serde(default = "sixty")]
-    pub health_timeout: u32,
-    /// Milliseconds a switch waits for answers of the old slot.
-    #[serde(default = "two_thousand")]
-    pub drain_ms: u32,
-    #[serde(default)]
-    pub env: BTreeMap<String, String>,
-    /// Megabytes of memory per container; 0 is no limit.
-    #[serde(default)]
-    pub memory_mb: u32,
-}
-
-fn root_paths() -> Vec<String> {
-    vec!["/".into()]
-}
-fn health_path() -> String {
-    "/health".into()
-}
-fn one() -> u8 {
-    1
-}
-fn one_u32() -> u32 {
-    1
-}
-fn ten() -> u32 {
-    10
-}
-fn sixty() -> u32 {
-    60
-}
-fn two_thousand() -> u32 {
-    2000
-}
-
 impl Manifest {
     /// Parses and checks. All problems of meaning are reported at once.
     pub fn parse(text: &str) -> Result<Self> {
@@ -374,6 +319,7 @@ impl Manifest {
         }
         self.release_problems(&mut found);
         self.service_problems(&refs, &mut found);
+        found.extend(self.backup.iter().flat_map(Settings::problems));
         found
     }
 
@@ -406,7 +352,10 @@ impl Manifest {
 
     fn service_problems(&self, refs: &BTreeSet<&ImageRef>, found: &mut Vec<String>) {
         let mut names = BTreeSet::new();
-        let mut ports = BTreeMap::new();
+        let mut ports = BTreeMap::from([(REGISTRY_PORT, "the private registry".to_owned())]);
+        if self.engine == Engine::Nomad {
+            ports.extend(STACK_PORTS.map(|(port, what)| (port, format!("the {what}"))));
+        }
         for service in &self.services {
             let name = &service.name;
             if !names.insert(name) {
@@ -416,50 +365,13 @@ impl Manifest {
             if !refs.contains(&wanted) {
                 found.push(format!("service {name}: no image {wanted} is in the manifest"));
             }
-            for port in [service.listen, service.standby_listen] {
-                if let Some(other) = ports.insert(port, name) {
-                    found.push(format!("service {name}: port {port} is already taken by service {other}"));
+            for (port, what) in service.ports() {
+                let taker = format!("the {what} of {name}");
+                if let Some(other) = ports.insert(port, taker) {
+                    found.push(format!("service {name}: port {port} is already taken by {other}"));
                 }
             }
-            if service.port == 0 || service.listen == 0 || service.standby_listen == 0 {
-                found.push(format!("service {name}: port 0 cannot be listened on"));
-            }
-            if !(1..=9).contains(&service.instances) {
-                found.push(format!("service {name}: instances = {}: expected 1 to 9", service.instances));
-            }
-            if service.weights.len() > usize::from(service.instances) || service.weights.contains(&0) {
-                found.push(format!("service {name}: weights: one number above 0 for each instance"));
-            }
-            if service.drain_ms > 60_000 {
-                found.push(format!("service {name}: drain-ms = {}: at most 60000", service.drain_ms));
-            }
-            for path in service.paths.iter().chain([&service.health]) {
-                // Goes into nginx's configuration: nothing that could end a token there.
-                let plain = path.bytes().all(|b| b.is_ascii_alphanumeric() || b"/-_.~%".contains(&b));
-                if !path.starts_with('/') || !plain {
-                    found.push(format!(
-                        "service {name}: path {path:?}: expected / and then letters, digits, - _ . ~ % /"
-                    ));
-                }
-            }
-            for host in &service.server_names {
-                if host.is_empty() || !host.bytes().all(|b| b.is_ascii_alphanumeric() || b".-*".contains(&b))
-                {
-                    found.push(format!("service {name}: server name {host:?} is not a host name"));
-                }
-            }
-            for net in &service.standby_allow {
-                if parse_cidr(net).is_none() {
-                    found.push(format!(
-                        "service {name}: standby-allow {net:?} is not a network such as 10.1.0.0/16"
-                    ));
-                }
-            }
-            for key in service.env.keys() {
-                if key.is_empty() || key.contains(['=', '\0']) {
-                    found.push(format!("service {name}: env name {key:?} cannot be set"));
-                }
-            }
+            found.extend(service.problems());
         }
         if !self.services.is_empty() {
             let p = &self.packages;
@@ -486,15 +398,6 @@ impl Manifest {
             }
         }
     }
-}
-
-/// `address/bits`, or one address.
-pub fn parse_cidr(s: &str) -> Option<(std::net::IpAddr, u8)> {
-    let (addr, bits) = s.split_once('/').map_or((s, None), |(a, b)| (a, Some(b)));
-    let addr: std::net::IpAddr = addr.parse().ok()?;
-    let most = if addr.is_ipv4() { 32 } else { 128 };
-    let bits = bits.map_or(Some(most), |b| b.parse().ok())?;
-    (bits <= most).then_some((addr, bits))
 }
 
 #[cfg(test)]
@@ -545,6 +448,103 @@ standby-listen = 8081
             assert!(e.what.contains(part), "{part}: {}", e.what);
         }
         assert!(Manifest::parse(GOOD).is_ok());
+    }
+
+    #[test]
+    fn backups_are_settings_of_the_site() {
+        let key = "age1ql3z7hjy54pw3hyww5ayyfg7zqgvc7w3j2elw8zmrj2kg5sfn9aqmcac8p";
+        let with = |more: &str| Manifest::parse(&format!("{GOOD}[backup]\nrecipient = {key:?}\n{more}"));
+        assert_eq!(with("every = \"week\"\n").unwrap().backup.unwrap().keep, 14);
+        assert_eq!(Manifest::parse(GOOD).unwrap().backup, None);
+        let e = with("keep = 0\nto = \"x\"\n").unwrap_err().what;
+        assert!(e.contains("keep = 0") && e.contains("to = \"x\""), "{e}");
+        let e = Manifest::parse(&format!("{GOOD}[backup]\nrecipient = \"age1x\"\n")).unwrap_err().what;
+        assert!(e.contains("is not a public key as age1"), "{e}");
+    }
+
+    #[test]
+    fn tcp_ports_have_defaults_and_a_policy() {
+        let tcp = |more: &str| Manifest::parse(&format!("{GOOD}[[service.tcp]]\nport = 5000\n{more}"));
+        let plain = tcp("").unwrap().services.remove(0);
+        let port = &plain.tcp[0];
+        let drain = |service: &Service| service.inlets()[0].drain().as_millis();
+        assert_eq!((port.listen(), port.sessions, drain(&plain)), (5000, Sessions::Drain, 2000));
+        assert_eq!(plain.client_ports().collect::<Vec<_>>(), [80, 5000]);
+        let other = tcp("listen = 5001\nsessions = \"drain\"\ndrain-ms = 0\n").unwrap().services.remove(0);
+        assert_eq!((other.tcp[0].listen(), drain(&other)), (5001, 0));
+        assert_eq!(tcp("sessions = \"cut\"\n").unwrap().services[0].tcp[0].sessions, Sessions::Cut);
+        // A lock without TCP ports has the bytes that it always had.
+        let text = serde_json::to_string(&Manifest::parse(GOOD).unwrap().services[0]).unwrap();
+        assert!(!text.contains("tcp"), "{text}");
+        let text = serde_json::to_string(&other).unwrap();
+        assert_eq!(serde_json::from_str::<Service>(&text).unwrap(), other);
+
+        let said = |more: &str| tcp(more).unwrap_err().what;
+        assert!(
+            said("sessions = \"keep\"\n").contains("expected `drain` or `cut`"),
+            "{}",
+            said("sessions = \"keep\"\n")
+        );
+        assert!(
+            said("sessions = \"cut\"\ndrain-ms = 5\n").contains("drain-ms belongs to sessions = \"drain\"")
+        );
+        assert!(said("drain-ms = 60001\n").contains("tcp port 5000: drain-ms = 60001: at most 60000"));
+        assert!(said("listen = 0\n").contains("port 0 cannot be listened on"));
+    }
+
+    #[test]
+    fn long_lived_paths_have_a_policy_each() {
+        let long = |more: &str| Manifest::parse(&format!("{GOOD}[[service.long-lived]]\n{more}"));
+        let plain = long("path = \"/ws/\"\n").unwrap().services.remove(0);
+        let inlet = &plain.inlets()[0];
+        assert_eq!((inlet.door.to_string(), inlet.sessions), ("path /ws/".into(), Sessions::Drain));
+        let text = serde_json::to_string(&plain).unwrap();
+        assert!(text.contains("\"long-lived\":[{\"path\":\"/ws/\",\"sessions\":\"drain\"}]"), "{text}");
+        assert_eq!(serde_json::from_str::<Service>(&text).unwrap(), plain);
+        // A lock without such paths has the bytes that it always had.
+        let text = serde_json::to_string(&Manifest::parse(GOOD).unwrap().services[0]).unwrap();
+        assert!(!text.contains("long"), "{text}");
+
+        let said = |more: &str| long(more).unwrap_err().what;
+        for (wrong, why) in [
+            ("path = \"/\"\n", "long-lived path / is in paths too"),
+            ("path = \"/health\"\n", "long-lived path /health is that of health"),
+            ("path = \"/a\"\n[[service.long-lived]]\npath = \"/a\"\n", "long-lived path /a is listed twice"),
+            ("path = \"a\"\n", "path \"a\": expected / and then"),
+            ("path = \"/a b\"\n", "path \"/a b\": expected / and then"),
+            ("path = \"/a\"\nport = 1\n", "unknown field `port`"),
+            ("sessions = \"cut\"\n", "missing field `path`"),
+            ("path = \"/a\"\ndrain-ms = 60001\n", "path /a: drain-ms = 60001: at most 60000"),
+            ("path = \"/a\"\nsessions = \"cut\"\ndrain-ms = 1\n", "drain-ms belongs to sessions = \"drain\""),
+        ] {
+            assert!(said(wrong).contains(why), "{wrong}: {}", said(wrong));
+        }
+    }
+
+    #[test]
+    fn ports_that_clash_are_named_with_who_has_them() {
+        let said = |text: String| Manifest::parse(&text).unwrap_err().what;
+        let tcp = |listen: u16| format!("{GOOD}[[service.tcp]]\nport = 5000\nlisten = {listen}\n");
+        for (listen, owner) in [
+            (80, "the service of hello"),
+            (8081, "the standby entry of hello"),
+            (5443, "the private registry"),
+        ] {
+            let wanted = format!("service hello: port {listen} is already taken by {owner}");
+            assert!(said(tcp(listen)).contains(&wanted), "{}", said(tcp(listen)));
+        }
+        let second =
+            GOOD[GOOD.find("[[service]]").unwrap()..].replace("\"hello\"\nimage", "\"other\"\nimage");
+        let second = second.replace("= 80\n", "= 5000\n").replace("8081", "8082");
+        let both = said(tcp(5000) + &second);
+        assert!(
+            both.contains("service other: port 5000 is already taken by the TCP service of hello"),
+            "{both}"
+        );
+        let consul = tcp(8500);
+        assert!(Manifest::parse(&consul).is_ok());
+        let consul = said(consul.replace("[target]", "engine = \"nomad\"\n[target]"));
+        assert!(consul.contains("port 8500 is already taken by the HTTP of Consul"), "{consul}");
     }
 
     #[test]

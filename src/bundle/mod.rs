@@ -6,6 +6,7 @@ pub mod lock;
 pub mod manifest;
 pub mod medium;
 pub mod reader;
+pub mod service;
 pub mod signature;
 pub mod sources;
 pub mod writer;

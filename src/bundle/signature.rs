@@ -1,4 +1,5 @@
-//! minisign signatures (prehashed Ed25519), so that `minisign -V` checks a lock without zd.
+//! minisign signatures (prehashed Ed25519), so that `minisign -V` checks without zd what zd has signed: locks of
+//! bundles, and what a host signs.
 
 use std::io::Cursor;
 use std::path::Path;
@@ -10,8 +11,9 @@ use minisign::{KeyPair, PublicKey, SecretKey, SecretKeyBox, SignatureBox};
 use crate::error::{At, Code, OrCode, Result};
 use crate::ids::Digest;
 
-/// Stands in every signature and key; anything else there would be unsigned bytes.
-const COMMENT: &str = "signature of a zd bundle's lock";
+/// What a signature says it is of; no signature covers it, so nothing else may stand there.
+pub const OF_LOCK: &str = "signature of a zd bundle's lock";
+pub const OF_HOST: &str = "signature of a host that zd is installed on";
 
 /// A public key and the text it came from.
 #[derive(Clone, Debug)]
@@ -44,7 +46,8 @@ impl Key {
         groups.join(" ")
     }
 
-    fn id(&self) -> String {
+    /// As minisign calls it.
+    pub fn id(&self) -> String {
         key_id(self.key.keynum())
     }
 
@@ -106,46 +109,62 @@ impl Signer {
     }
 
     /// Signature file over `bytes`. `trusted` is signed with them and shown by minisign.
-    pub fn sign(&self, bytes: &[u8], trusted: &str) -> Result<String> {
-        let signed = minisign::sign(
-            Some(&self.key.key),
-            &self.secret,
-            Cursor::new(bytes),
-            Some(trusted),
-            Some(COMMENT),
-        );
-        Ok(signed.or_code(Code::Bug, "signing the lock")?.into_string())
+    pub fn sign(&self, bytes: &[u8], of: &str, trusted: &str) -> Result<String> {
+        let signed =
+            minisign::sign(Some(&self.key.key), &self.secret, Cursor::new(bytes), Some(trusted), Some(of));
+        Ok(signed.or_code(Code::Bug, "signing")?.into_string())
     }
 }
 
-/// Checks `signature` over `bytes` against any of `trusted`; says which key it was.
+/// Why a signature does not hold.
+#[derive(Debug, PartialEq)]
+pub enum Fault {
+    Unreadable,
+    /// It is not in the one form that zd writes.
+    Form,
+    /// The key of this id made it, which is none of those that count.
+    Key(String),
+    /// It is of other bytes.
+    Bytes,
+}
+
+/// Checks `signature` over the lock `bytes` against any of `trusted`; says which key it was.
 pub fn verify<'k>(bytes: &[u8], signature: &str, trusted: &'k [Key]) -> Result<&'k Key> {
     let damaged = |what: &str| {
         Code::Signature
             .err(format!("the bundle's signature {what}"))
             .cure("do not use this bundle; copy it again from its source")
     };
+    check(bytes, signature, OF_LOCK, trusted).map_err(|fault| match fault {
+        Fault::Unreadable => damaged("cannot be read"),
+        Fault::Form => damaged("is not in the form zd writes: it was altered"),
+        Fault::Bytes => damaged("does not fit its lock: one of them was altered"),
+        Fault::Key(id) => {
+            let known: Vec<String> = trusted.iter().map(Key::id).collect();
+            Code::Signature
+                .err(format!(
+                    "the bundle is signed with key {id}, which is not trusted here (trusted: {})",
+                    if known.is_empty() { "none".into() } else { known.join(", ") }
+                ))
+                .cure("check with whoever packed it; a new key is trusted by `--key FILE` or a file in /etc/zd/trust/")
+        }
+    })
+}
+
+/// The one of `keys` that made `signature` over `bytes`, in the form that zd writes for what it is `of`.
+pub fn check<'k>(bytes: &[u8], signature: &str, of: &str, keys: &'k [Key]) -> Result<&'k Key, Fault> {
     // minisign takes this field's length on trust; more or fewer than 64 bytes is no Ed25519 signature.
     let global = signature.lines().nth(3).and_then(|line| BASE64.decode(line).ok());
     if global.is_none_or(|bytes| bytes.len() != 64) {
-        return Err(damaged("cannot be read"));
+        return Err(Fault::Unreadable);
     }
-    let parsed = SignatureBox::from_string(signature).map_err(|_| damaged("cannot be read"))?;
+    let parsed = SignatureBox::from_string(signature).map_err(|_| Fault::Unreadable)?;
     // One text per signature: bytes that no signature covers (comment, base64 slack) must not vary.
-    if parsed.to_string() != signature || parsed.untrusted_comment().ok().as_deref() != Some(COMMENT) {
-        return Err(damaged("is not in the form zd writes: it was altered"));
+    if parsed.to_string() != signature || parsed.untrusted_comment().ok().as_deref() != Some(of) {
+        return Err(Fault::Form);
     }
-    let Some(key) = trusted.iter().find(|k| k.key.keynum() == parsed.keynum()) else {
-        let known: Vec<String> = trusted.iter().map(Key::id).collect();
-        return Err(Code::Signature
-            .err(format!(
-                "the bundle is signed with key {}, which is not trusted here (trusted: {})",
-                key_id(parsed.keynum()),
-                if known.is_empty() { "none".into() } else { known.join(", ") }
-            ))
-            .cure("check with whoever packed it; a new key is trusted by `--key FILE` or a file in /etc/zd/trust/"));
-    };
-    minisign::verify(&key.key, &parsed, Cursor::new(bytes), true, false, false)
-        .map_err(|_| damaged("does not fit its lock: one of them was altered"))?;
+    let by = || Fault::Key(key_id(parsed.keynum()));
+    let key = keys.iter().find(|k| k.key.keynum() == parsed.keynum()).ok_or_else(by)?;
+    minisign::verify(&key.key, &parsed, Cursor::new(bytes), true, false, false).map_err(|_| Fault::Bytes)?;
     Ok(key)
 }

@@ -9,7 +9,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::layout::{self, HEAD, OCI_LAYOUT};
 use super::lock::Lock;
-use super::signature::Signer;
+use super::signature::{OF_LOCK, Signer};
 use crate::error::{At, Code, Result};
 use crate::ids::Digest;
 
@@ -25,7 +25,7 @@ pub fn write(
     let lock_bytes = lock.to_bytes();
     Lock::parse(&lock_bytes).map_err(|e| Code::Bug.err(format!("zd made a lock it would not read: {e}")))?;
     let trusted = format!("zd bundle {} for {}", lock.title(), lock.target);
-    let signature = signer.sign(&lock_bytes, &trusted)?;
+    let signature = signer.sign(&lock_bytes, OF_LOCK, &trusted)?;
     let index = layout::index_json(lock);
     let head: [&[u8]; 4] = [OCI_LAYOUT, &index, &lock_bytes, signature.as_bytes()];
 

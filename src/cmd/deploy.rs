@@ -3,9 +3,10 @@
 use serde::Serialize;
 
 use super::ChangeArgs;
-use crate::apply;
+use super::undo::take_back;
+use crate::apply::{self, Way};
 use crate::audit::{self, Event, Release};
-use crate::bundle::manifest::{ImageRef, Service};
+use crate::bundle::manifest::{ImageRef, Inlet, Service};
 use crate::error::{Code, Result};
 use crate::host::Host;
 use crate::host::config::Installed;
@@ -14,8 +15,8 @@ use crate::host::registry::Registry;
 use crate::ids::{Digest, Name, Slot, Version};
 use crate::plan::{self, Plan};
 use crate::receipt;
-use crate::service::pointer;
 use crate::service::state::State;
+use crate::service::{pointer, sessions};
 use crate::ui::Ui;
 
 /// Put a version into the standby slot; the active slot is not touched
@@ -42,8 +43,8 @@ struct Report {
 
 pub async fn run(args: Args, ui: &Ui) -> Result<()> {
     let start = std::time::Instant::now();
-    let _lock = if args.change.dry_run { None } else { Some(HostLock::take("deploy")?) };
-    let host = Host { ui, bundle: None };
+    let _lock = if args.change.dry_run { None } else { Some(HostLock::take("deploy", ui)?) };
+    let host = Host::new(ui);
     if !args.change.dry_run {
         settle_interrupted(&host).await?;
     }
@@ -58,6 +59,14 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
         return Ok(());
     }
     ui.confirm(&format!("deploy {reference} to {slot}, the standby of {}?", service.name), args.change.yes)?;
+    for Inlet { door, .. } in service.inlets() {
+        let open = sessions::open(&service.name, slot, &door)?.len();
+        if open > 0 {
+            ui.warn(format!(
+                "{open} sessions of {door} are still with {slot}; another version there ends them"
+            ));
+        }
+    }
     let changed = carry_out(&plan, &host, service, slot, &reference, &digest, &args.change.reason).await?;
     let report = Report {
         service: service.name.clone(),
@@ -95,11 +104,9 @@ pub async fn find_version(installed: &Installed, reference: &ImageRef) -> Result
 pub async fn settle_interrupted(host: &Host<'_>) -> Result<()> {
     match receipt::unfinished()? {
         Some(mut journal) if ["deploy", "scale"].contains(&journal.header.verb.as_str()) => {
-            let (verb, about) = (journal.header.verb.clone(), journal.header.about.clone());
+            let receipt::Header { verb, about, .. } = &journal.header;
             host.ui.warn(format!("an interrupted {verb} of {about} is settled first"));
-            let taken_back = apply::undo(&mut journal, host, false).await?;
-            let outcome = if taken_back.is_empty() { "finished" } else { "undone" };
-            audit::append(Event { verb: &verb, outcome, detail: about, ..Event::default() })
+            take_back(&mut journal, host, Way::Back, "").await.map(drop)
         }
         _ => receipt::refuse_unfinished(),
     }
@@ -126,7 +133,7 @@ pub async fn carry_out(
         detail,
     };
     let before = State::read(&service.name).ok().and_then(|s| s.release(slot));
-    match apply::apply_or_back(plan, host).await {
+    match apply::apply_or_back(plan, host, None).await {
         Ok(summary) if summary.done.is_empty() => Ok(false),
         Ok(_) => {
             audit::append(event("done", before, String::new()))?;

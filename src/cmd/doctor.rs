@@ -1,5 +1,6 @@
 //! `zd doctor`: what is wrong with this host, and what to do; before an install and after.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use bytesize::ByteSize;
@@ -8,7 +9,7 @@ use serde::Serialize;
 
 use super::verify::BundleArgs;
 use crate::audit;
-use crate::error::{Code, Result};
+use crate::error::{Code, FREE_SOME, Result};
 use crate::facts::{self, Facts};
 use crate::host::config::Installed;
 use crate::host::paths;
@@ -67,15 +68,10 @@ pub async fn run(_: Args, ui: &Ui) -> Result<()> {
 async fn installed_findings(installed: &Installed, facts: &Facts) -> Result<Vec<Finding>> {
     let mut found = Vec::new();
     let ip = installed.host.ip;
-    found.push(if facts.has_ip(ip) {
-        Finding::ok("address", ip.to_string())
-    } else {
-        Finding::bad(
-            "address",
-            format!("{ip}, which zd was installed with, is not on this host"),
-            "give it back to an interface",
-        )
-    });
+    // Where it is not here, the status says so.
+    if facts.has_ip(ip) {
+        found.push(Finding::ok("address", ip.to_string()));
+    }
     let status = super::status::gather(installed).await?;
     for drift in &status.drift {
         found.push(Finding::bad("state", &drift.what, &drift.cure));
@@ -86,7 +82,13 @@ async fn installed_findings(installed: &Installed, facts: &Facts) -> Result<Vec<
     match audit::read() {
         Ok(records) => {
             found.extend(records.last().and_then(|r| clock_set_back(r.at, facts.now)));
-            found.push(Finding::ok("audit", format!("{} records, chain whole", records.len())));
+            found.push(match audit::signed_by() {
+                Ok(key) => {
+                    let signed = key.map(|key| format!("signed with key {key}, ")).unwrap_or_default();
+                    Finding::ok("audit", format!("{} records, {signed}chain whole", records.len()))
+                }
+                Err(e) => Finding::bad("audit", e.what, e.cure.unwrap_or_default()),
+            });
         }
         Err(e) => found.push(Finding::bad("audit", e.what, e.cure.unwrap_or_default())),
     }
@@ -94,7 +96,51 @@ async fn installed_findings(installed: &Installed, facts: &Facts) -> Result<Vec<
         found.push(certificate(path, facts.now)?);
     }
     found.extend(disks()?);
+    found.extend(ports(installed, facts));
     Ok(found)
+}
+
+/// Units that are zd's and do not say so in their names. Not Docker's: the site may publish ports of its own there.
+const STACK_UNITS: [&str; 3] = ["consul.service", "nomad.service", "consul-template.service"];
+
+/// What listens where others can reach it: what should, what should not, and what is not zd's.
+fn ports(installed: &Installed, facts: &Facts) -> Vec<Finding> {
+    let services = installed.lock.services.iter();
+    let mut expected: BTreeMap<u16, String> = services
+        .flat_map(|s| [(s.listen, s.name.to_string()), (s.standby_listen, format!("standby of {}", s.name))])
+        .collect();
+    for service in &installed.lock.services {
+        expected.extend(service.tcp.iter().map(|t| (t.listen(), format!("tcp of {}", service.name))));
+    }
+    expected.insert(installed.host.registry_port, "registry".into());
+    let mut found = Vec::new();
+    let (mut wanted, mut others) = (BTreeMap::new(), BTreeMap::new());
+    for l in facts.listeners.iter().filter(|l| !l.ip.to_canonical().is_loopback()) {
+        match expected.get(&l.port) {
+            Some(what) if l.ours => _ = wanted.insert(l.port, format!("{} ({what})", l.port)),
+            None if !l.ours && !STACK_UNITS.contains(&l.unit.as_str()) => {
+                others.insert(l.port, format!("{} of {}", l.port, l.owner));
+            }
+            _ => {
+                let what = format!("{} of {} can be reached from outside and should not", l.port, l.owner);
+                let cure = match l.unit.as_str() {
+                    "" => "stop it, or give it another port".to_owned(),
+                    unit => format!(
+                        "systemctl cat {unit} and its configuration show what was changed by hand; zd install with the \
+                         bundle puts it right, then systemctl restart {unit}"
+                    ),
+                };
+                found.push(Finding::bad("port", what, cure));
+            }
+        }
+    }
+    let list = |all: BTreeMap<u16, String>| all.into_values().collect::<Vec<_>>().join(", ");
+    found.push(Finding::ok("port", format!("beyond loopback zd listens on {}", list(wanted))));
+    if !others.is_empty() {
+        let what = format!("beyond loopback others listen on {}", list(others));
+        found.push(Finding::note("port", what, "nothing, if the site wants it: zd leaves it alone"));
+    }
+    found
 }
 
 /// What was recorded lies in the future: certificates, tokens and Nomad go by the clock.
@@ -135,8 +181,7 @@ fn disks() -> Result<Vec<Finding>> {
         seen.push(device);
         let what = format!("{} free for {path}", ByteSize(free));
         found.push(if free < DISK_LOW {
-            let cure = "docker image prune -a, journalctl --vacuum-size=200M, then look for what grows: du -xh / | sort -h | tail";
-            Finding::bad("disk", what, cure)
+            Finding::bad("disk", what, FREE_SOME)
         } else {
             Finding::ok("disk", what)
         });

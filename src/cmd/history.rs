@@ -1,4 +1,4 @@
-//! `zd history`: who did what, when, why, from which bytes to which; the chain is checked each time.
+//! `zd history`: who did what, when, why, from which bytes to which; chain and signature are checked each time.
 
 use serde::Serialize;
 
@@ -20,6 +20,8 @@ pub struct Args {
 #[derive(Serialize)]
 struct Report {
     chain: &'static str,
+    /// Id of the key that the last record is signed with.
+    signed_by: Option<String>,
     total: usize,
     records: Vec<Record>,
 }
@@ -30,8 +32,10 @@ pub fn run(args: Args, ui: &Ui) -> Result<()> {
     if let Some(last) = args.last {
         records.drain(..total.saturating_sub(last));
     }
-    ui.report(&Report { chain: "whole", total, records }, text);
-    Ok(())
+    let signed_by = audit::signed_by();
+    let key = signed_by.as_ref().ok().cloned().flatten();
+    ui.report(&Report { chain: "whole", signed_by: key, total, records }, text);
+    signed_by.map(drop)
 }
 
 fn text(r: &Report) -> String {
@@ -52,5 +56,6 @@ fn text(r: &Report) -> String {
             why.lines().next().unwrap_or_default().chars().take(60).collect(),
         ]);
     }
-    format!("{table}\n{} records, chain {}", r.total, r.chain)
+    let signed = r.signed_by.iter().map(|key| format!("signed with key {key}, ")).collect::<String>();
+    format!("{table}\n{} records, {signed}chain {}", r.total, r.chain)
 }

@@ -4,6 +4,7 @@ use serde::Serialize;
 
 use super::verify::{BundleArgs, Trust};
 use crate::bundle::Lock;
+use crate::bundle::manifest::Inlet;
 use crate::error::Result;
 use crate::ids::Digest;
 use crate::ui::Ui;
@@ -55,6 +56,9 @@ fn text(r: &Report) -> String {
             "\nservice {}: {}:{} on port {}, standby entry {}, {} container(s) per slot",
             s.name, s.image, s.version, s.listen, s.standby_listen, s.instances
         ));
+        for Inlet { door, sessions, .. } in s.inlets() {
+            out.push_str(&format!(", {door} ({sessions})"));
+        }
     }
     for release in &lock.releases {
         out.push_str(&format!("\n{release}"));

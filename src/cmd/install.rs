@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
+use std::path::Path;
 use std::time::Instant;
 
 use serde::Serialize;
@@ -10,12 +11,15 @@ use super::ChangeArgs;
 use super::verify::{BundleArgs, check_target, verify_blobs};
 use crate::apply;
 use crate::audit::{self, Event};
-use crate::bundle::Bundle;
+use crate::backup::Settings;
+use crate::bundle::manifest::REGISTRY_PORT;
+use crate::bundle::signature::Key;
+use crate::bundle::{Bundle, Lock};
 use crate::error::{Code, OrCode, Result};
 use crate::facts::{self, Facts};
-use crate::host::Host;
 use crate::host::config::{HostConfig, Installed};
 use crate::host::lock::HostLock;
+use crate::host::{Host, paths, signing};
 use crate::ids::{Digest, Name};
 use crate::plan::preflight::{self, Finding};
 use crate::plan::{Undo, install as planner};
@@ -23,9 +27,6 @@ use crate::receipt::{self, Receipt};
 use crate::service::cluster;
 use crate::service::state::State;
 use crate::ui::Ui;
-
-/// Not 5000: that is the usual HSMS port of the equipment next to us.
-const REGISTRY_PORT: u16 = 5443;
 
 /// Install a bundle: registry, Docker, nginx, the full stack if the bundle has it, and the services
 #[derive(clap::Args)]
@@ -37,9 +38,9 @@ pub struct Args {
     /// Address that clients use: `auto`, or one of this host's
     #[arg(long, default_value = "auto", value_name = "auto|ADDRESS")]
     ip: String,
-    /// Port of the private registry
-    #[arg(long, default_value_t = REGISTRY_PORT, value_name = "PORT")]
-    registry_port: u16,
+    /// Port of the private registry [default: 5443]
+    #[arg(long, value_name = "PORT")]
+    registry_port: Option<u16>,
     /// First two octets of the containers' own network; chosen where not given
     #[arg(long, value_name = "A.B")]
     subnet: Option<String>,
@@ -61,11 +62,13 @@ struct Report {
     /// What was done, and how long each took.
     steps: Vec<apply::Done>,
     urls: Vec<String>,
+    /// Id of the key that this host signs its log and its reports with.
+    signing_key: Option<String>,
 }
 
 pub async fn run(args: Args, ui: &Ui) -> Result<()> {
     let start = Instant::now();
-    asked_ip(&args)?;
+    asked_ip(&args.ip)?;
     let (bundle, trust) = args.bundle.open()?;
     check_target(&bundle, &facts::target()?)?;
     if trust == super::verify::Trust::FirstUse {
@@ -74,7 +77,7 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
             bundle.key.fingerprint()
         ));
     }
-    let _lock = if args.change.dry_run { None } else { Some(HostLock::take("install")?) };
+    let _lock = if args.change.dry_run { None } else { Some(HostLock::take("install", ui)?) };
     let unfinished = receipt::unfinished()?;
     refuse_other(&bundle, unfinished.as_ref())?;
     verify_blobs(&bundle, ui)?;
@@ -95,11 +98,13 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
         key: &bundle.key,
         lock_bytes: planner::lock_text(&bundle.lock)?,
         foreign_docker,
-        states: states(&bundle)?,
+        states: states(&bundle.lock)?,
         open_firewall,
+        backup: Settings::read(&bundle.lock)?,
+        restored: None,
     };
     let plan = planner::plan(&inputs)?;
-    let host = Host { ui, bundle: Some(&bundle) };
+    let host = Host { bundle: Some(&bundle), ..Host::new(ui) };
     if args.change.dry_run {
         let preview = apply::preview(&plan, &host).await?;
         ui.report(&preview, apply::Preview::text);
@@ -143,12 +148,8 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
         same: summary.same,
         seconds: start.elapsed().as_secs_f64(),
         steps: summary.done,
-        urls: bundle
-            .lock
-            .services
-            .iter()
-            .map(|s| format!("http://{}:{}/", installed.host.ip, s.listen))
-            .collect(),
+        urls: installed.urls(),
+        signing_key: signing::key().map(|key| key.id()),
     };
     ui.report(&report, text);
     Ok(())
@@ -163,17 +164,20 @@ fn text(r: &Report) -> String {
     }
     let urls: Vec<String> = r.urls.iter().map(|u| format!("\nserving  {u}")).collect();
     format!(
-        "installed {} in {:.1} s ({} steps done, {} found){}\nnext     zd status, then zd deploy VERSION",
+        "installed {} in {:.1} s ({} steps done, {} found){}\nsigns    with key {} (change control needs {})\n\
+         next     zd status, then zd deploy VERSION",
         r.bundle,
         r.seconds,
         r.changed,
         r.same,
-        urls.concat()
+        urls.concat(),
+        r.signing_key.as_deref().unwrap_or("-"),
+        paths::SIGNING_PUB
     )
 }
 
 /// What speaks for and against this bundle on this host.
-fn assess(
+pub fn assess(
     bundle: &Bundle,
     facts: &Facts,
     host: &HostConfig,
@@ -196,8 +200,10 @@ pub fn assess_before(bundle: &Bundle, facts: &Facts) -> Result<Vec<Finding>> {
     let host = HostConfig {
         schema: 1,
         ip: facts.auto_ip()?.ip,
+        node: None,
         subnet: free_subnet(facts)?,
         registry_port: REGISTRY_PORT,
+        former_registries: Vec::new(),
         generation: 1,
         bundle: bundle.id.clone(),
     };
@@ -206,8 +212,8 @@ pub fn assess_before(bundle: &Bundle, facts: &Facts) -> Result<Vec<Finding>> {
 }
 
 /// What the slots of the bundle's services hold by now; nothing before the first install.
-fn states(bundle: &Bundle) -> Result<BTreeMap<Name, State>> {
-    let names = bundle.lock.services.iter().map(|s| s.name.clone());
+pub fn states(lock: &Lock) -> Result<BTreeMap<Name, State>> {
+    let names = lock.services.iter().map(|s| s.name.clone());
     names.map(|name| Ok((name.clone(), State::read(&name)?))).collect()
 }
 
@@ -222,9 +228,7 @@ fn refuse_other(bundle: &Bundle, unfinished: Option<&Receipt>) -> Result<()> {
     match Installed::read()? {
         Some(i) if i.host.bundle != bundle.id => Err(Code::OtherBundle
             .err(format!("{} is installed here, this bundle is {}", i.lock.title(), bundle.lock.title()))
-            .cure(
-                "this zd cannot replace one bundle by another in place: zd uninstall first (data is kept)",
-            )),
+            .cure("zd upgrade replaces it by this one, with the services at work")),
         _ => Ok(()),
     }
 }
@@ -235,15 +239,25 @@ fn known_config(bundle: &Bundle) -> Result<Option<HostConfig>> {
 }
 
 /// What `--ip` asks for; None is `auto`.
-fn asked_ip(args: &Args) -> Result<Option<Ipv4Addr>> {
-    if args.ip == "auto" {
+pub fn asked_ip(ip: &str) -> Result<Option<Ipv4Addr>> {
+    if ip == "auto" {
         return Ok(None);
     }
-    args.ip.parse().map(Some).map_err(|_| {
+    ip.parse().map(Some).map_err(|_| {
         Code::Usage
-            .err(format!("--ip {:?} is not an IPv4 address", args.ip))
+            .err(format!("--ip {ip:?} is not an IPv4 address"))
             .cure("--ip auto, or one of this host's addresses")
     })
+}
+
+/// The address that was asked for, or the one that `auto` finds.
+pub fn address(asked: Option<Ipv4Addr>, facts: &Facts, ui: &Ui) -> Result<Ipv4Addr> {
+    if let Some(ip) = asked {
+        return Ok(ip);
+    }
+    let found = facts.auto_ip()?;
+    ui.say(format!("address {} of {}", found.ip, found.name));
+    Ok(found.ip)
 }
 
 fn decide(
@@ -253,35 +267,55 @@ fn decide(
     known: Option<&HostConfig>,
     ui: &Ui,
 ) -> Result<HostConfig> {
-    let asked = asked_ip(args)?;
+    let asked = asked_ip(&args.ip)?;
+    let subnet = args.subnet.as_deref().map(check_subnet).transpose()?;
     if let Some(known) = known {
-        return match asked {
-            Some(ip) if ip != known.ip => Err(Code::Usage
-                .err(format!("this host was set up as {}, --ip says {ip}", known.ip))
-                .cure("leave --ip away, or uninstall first")),
-            _ => Ok(known.clone()),
-        };
+        refuse_moved(known, asked, args.registry_port, subnet)?;
+        return Ok(known.clone());
     }
-    let ip = match asked {
-        Some(ip) => ip,
-        None => {
-            let found = facts.auto_ip()?;
-            ui.say(format!("address {} of {}", found.ip, found.name));
-            found.ip
-        }
-    };
-    let subnet = match &args.subnet {
-        Some(given) => check_subnet(given)?,
-        None => free_subnet(facts)?,
-    };
     Ok(HostConfig {
         schema: 1,
-        ip,
-        subnet,
-        registry_port: args.registry_port,
+        ip: address(asked, facts, ui)?,
+        node: None,
+        subnet: subnet.map_or_else(|| free_subnet(facts), Ok)?,
+        registry_port: args.registry_port.unwrap_or(REGISTRY_PORT),
+        former_registries: Vec::new(),
         generation: 1,
         bundle: bundle.id.clone(),
     })
+}
+
+/// An install that runs again keeps what the first decided.
+fn refuse_moved(
+    known: &HostConfig,
+    ip: Option<Ipv4Addr>,
+    registry_port: Option<u16>,
+    subnet: Option<String>,
+) -> Result<()> {
+    let installed = Path::new(paths::CURRENT).exists();
+    let refuse = |what: &str, is: String, flag: String, cure: &str| {
+        let cure = if installed { cure.to_owned() } else { format!("leave {flag} away, or zd undo first") };
+        Err(Code::Usage.err(format!("this host was set up with {what} {is}, asked for is {flag}")).cure(cure))
+    };
+    if let Some(ip) = ip.filter(|ip| *ip != known.ip) {
+        return refuse(
+            "address",
+            known.ip.to_string(),
+            format!("--ip {ip}"),
+            &format!("zd reconfigure --ip {ip}"),
+        );
+    }
+    if let Some(port) = registry_port.filter(|port| *port != known.registry_port) {
+        let flag = format!("--registry-port {port}");
+        let cure = format!("zd reconfigure {flag}");
+        return refuse("registry port", known.registry_port.to_string(), flag, &cure);
+    }
+    if let Some(subnet) = subnet.filter(|subnet| *subnet != known.subnet) {
+        let cure =
+            "leave --subnet away; another network moves every container: zd uninstall, then zd install";
+        return refuse("subnet", known.subnet.clone(), format!("--subnet {subnet}"), cure);
+    }
+    Ok(())
 }
 
 fn check_subnet(given: &str) -> Result<String> {
@@ -311,8 +345,16 @@ fn free_subnet(facts: &Facts) -> Result<String> {
     })
 }
 
+/// The key that is pinned on this host, or comes to be with the bundle.
+pub fn key_of_this_host(bundle: Option<&Bundle>) -> Result<Key> {
+    match bundle {
+        Some(bundle) => Ok(bundle.key.clone()),
+        None => Key::read(&Path::new(paths::TRUST).join("first.pub")),
+    }
+}
+
 /// Docker is here because a receipt of ours says we brought it.
-fn docker_is_ours() -> Result<bool> {
+pub fn docker_is_ours() -> Result<bool> {
     let ours = |r: &Receipt| {
         r.steps.iter().any(|i| {
             matches!(&i.undo, Undo::Purge { packages, .. } if !i.undone && packages.iter().any(|p| p.starts_with("docker.io") || p.starts_with("docker-ce")))

@@ -1,4 +1,4 @@
-//! `zd keygen`: the key pair that signs bundles.
+//! `zd keygen`: the key pair that signs bundles, and the one that backups are encrypted to.
 
 use std::fs::OpenOptions;
 use std::io::Write;
@@ -7,20 +7,25 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
+use crate::backup::key;
 use crate::bundle::signature;
 use crate::error::{At, Code, Result};
 use crate::ui::Ui;
 
-/// Make the key pair that signs bundles
+/// Make the key pair that signs bundles, or the one for backups
 #[derive(clap::Args)]
 #[command(
     after_help = "Examples:\n  zd keygen                 zd.key (keep it) and zd.pub (give it away) here\n  \
-                        zd keygen --out keys/site --password"
+                        zd keygen --out keys/site --password\n  \
+                        zd keygen --backup        zd-backup.key (keep it away from every host) and zd-backup.pub"
 )]
 pub struct Args {
-    /// Where to write: PREFIX.key and PREFIX.pub
-    #[arg(long, value_name = "PREFIX", default_value = "zd")]
-    out: PathBuf,
+    /// Where to write: PREFIX.key and PREFIX.pub; `zd`, or `zd-backup` with --backup
+    #[arg(long, value_name = "PREFIX")]
+    out: Option<PathBuf>,
+    /// The pair for backups: hosts encrypt to the public key, `zd restore` opens with the secret one (age, x25519)
+    #[arg(long, conflicts_with = "password")]
+    backup: bool,
     /// Protect the secret key with a password (asked for, or $ZD_KEY_PASSWORD)
     #[arg(long)]
     password: bool,
@@ -34,13 +39,24 @@ struct Report {
     fingerprint: String,
 }
 
+#[derive(Serialize)]
+struct BackupReport {
+    secret: PathBuf,
+    public: PathBuf,
+    key: String,
+}
+
 pub fn run(args: Args, ui: &Ui) -> Result<()> {
-    let (secret, public) = (with_suffix(&args.out, ".key"), with_suffix(&args.out, ".pub"));
+    let out = args.out.unwrap_or_else(|| if args.backup { "zd-backup" } else { "zd" }.into());
+    let (secret, public) = (with_suffix(&out, ".key"), with_suffix(&out, ".pub"));
     // Both before either: a secret key without its public one is of no use.
     for path in [&secret, &public] {
         if path.exists() {
             return Err(taken(path));
         }
+    }
+    if args.backup {
+        return backup_pair(secret, public, ui);
     }
     let password = if args.password { Some(ask_password(true)?) } else { None };
     let (secret_text, key) = signature::generate(password)?;
@@ -53,6 +69,22 @@ pub fn run(args: Args, ui: &Ui) -> Result<()> {
             r.secret.display(),
             r.public.display(),
             r.fingerprint
+        )
+    });
+    Ok(())
+}
+
+fn backup_pair(secret: PathBuf, public: PathBuf, ui: &Ui) -> Result<()> {
+    let (secret_text, key) = key::generate()?;
+    create(&secret, &secret_text, 0o600)?;
+    create(&public, &format!("{key}\n"), 0o644)?;
+    ui.report(&BackupReport { secret, public, key: key.to_string() }, |r| {
+        format!(
+            "secret key   {} (keep it, twice, and on no host: without it no backup can be read)\n\
+             public key   {}\nnext         zd backup --recipient {}, on each host",
+            r.secret.display(),
+            r.public.display(),
+            r.key
         )
     });
     Ok(())

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use bytesize::ByteSize;
 use serde_json::{Value, json};
+use tokio::sync::Notify;
 
 use crate::error::{Code, OrCode, Result};
 use crate::loadtest::{self, Method, Mode, Options, Report};
@@ -19,7 +20,7 @@ Examples:
   zd loadtest http://localhost/hello --switch-at 5s,10s --service hello
 
 The load is open: each request is sent when it is due, however slow the earlier answers are, and \
-nothing is retried. Exit code 12 says that a request failed, that one could not be sent, that versions \
+nothing is retried. Ctrl-C ends it early, with its report. Exit code 12 says that a request failed, that one could not be sent, that versions \
 were mixed, or that there were not as many changes of version as expected.";
 
 #[derive(Debug, clap::Args)]
@@ -70,7 +71,13 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
     let options = options(&args)?;
     let mut at = args.switch_at;
     at.sort();
-    let (mut report, switches) = tokio::join!(load(&options, ui), switches(&at, args.service.as_deref(), ui));
+    let ended = Notify::new();
+    let load = async {
+        let report = load(&options, ui).await;
+        ended.notify_one();
+        report
+    };
+    let (mut report, switches) = tokio::join!(load, switches(&at, args.service.as_deref(), &ended, ui));
     report.switches = switches;
     ui.report(&report, Report::text);
     if report.passed() { Ok(()) } else { Err(failed(&report)) }
@@ -117,12 +124,15 @@ async fn load(options: &Options, ui: &Ui) -> Report {
 }
 
 /// Runs `zd switch` at each of these times, and collects what it reports. A switch that fails does not
-/// end the load: it shows in the report, and as a change of version that is missing.
-async fn switches(at: &[Duration], service: Option<&str>, ui: &Ui) -> Vec<Value> {
+/// end the load: it shows in the report, and as a change of version that is missing. After the load there is none.
+async fn switches(at: &[Duration], service: Option<&str>, ended: &Notify, ui: &Ui) -> Vec<Value> {
     let start = tokio::time::Instant::now();
     let mut reports = Vec::new();
     for at in at {
-        tokio::time::sleep_until(start + *at).await;
+        tokio::select! {
+            () = tokio::time::sleep_until(start + *at) => {}
+            () = ended.notified() => break,
+        }
         let report = switch(service).await.unwrap_or_else(|e| json!({ "exit": null, "report": e.what }));
         if report["exit"] != 0 {
             ui.warn(format!("zd switch failed {at:?} into the load: {report}"));

@@ -8,7 +8,7 @@ use crate::bundle::manifest::Engine;
 use crate::error::{Code, Result};
 use crate::host::config::Installed;
 use crate::host::docker::Docker;
-use crate::host::paths;
+use crate::host::{paths, systemd};
 use crate::ids::{Name, Slot};
 use crate::ui::Ui;
 
@@ -36,13 +36,17 @@ pub struct Args {
 enum Log {
     Unit(String),
     File(PathBuf),
-    Slot(Slot),
+    Slot(Name, Slot),
 }
 
 pub async fn run(args: Args, ui: &Ui) -> Result<()> {
-    let installed = Installed::require()?;
-    let service = installed.service(args.service.as_ref())?.name.clone();
-    let logs = logs(&installed, &service);
+    let installed = Installed::read()?;
+    let service = match &installed {
+        Some(installed) => Some(installed.service(args.service.as_ref())?.name.clone()),
+        None => None,
+    };
+    let engine = installed.map(|installed| installed.lock.engine);
+    let logs = logs(engine, service.as_ref());
     let names: Vec<&str> = logs.iter().map(|(name, _)| *name).collect();
     let Some(wanted) = &args.component else {
         ui.report(&names, |names| format!("{}\nnext  zd logs NAME", names.join("\n")));
@@ -56,7 +60,7 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
     let lines = args.lines.to_string();
     match log {
         Log::Unit(unit) => {
-            let mut argv = vec!["journalctl", "--no-pager", "-u", unit, "-n", &lines];
+            let mut argv = vec!["journalctl", systemd::JOURNALS, "--no-pager", "-u", unit, "-n", &lines];
             argv.extend(args.follow.then_some("--follow"));
             become_program(&argv)
         }
@@ -72,28 +76,33 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
                 path.as_ref(),
             ])
         }
-        Log::Slot(slot) => {
+        Log::Slot(service, slot) => {
             let docker = Docker::connect().await?;
-            let containers = docker.of_slot(&service, *slot).await?;
+            let containers = docker.of_slot(service, *slot).await?;
             docker.print_logs(&containers, args.lines, args.follow).await
         }
     }
 }
 
-fn logs(installed: &Installed, service: &Name) -> Vec<(&'static str, Log)> {
+/// Before an install has come to its end there are units only; which, its engine would say.
+fn logs(engine: Option<Engine>, service: Option<&Name>) -> Vec<(&'static str, Log)> {
     let unit = |name: &str| Log::Unit(format!("{name}.service"));
-    let log = paths::log(service);
-    let mut logs = vec![
-        ("blue", Log::Slot(Slot::Blue)),
-        ("green", Log::Slot(Slot::Green)),
-        ("nginx", Log::File(log.join("error.log"))),
-        ("access", Log::File(log.join("access.log"))),
-        ("nginx-unit", Log::Unit(paths::nginx_unit(service))),
-        ("registry", unit("zd-registry")),
-        ("docker", unit("docker")),
-        ("audit", Log::File(paths::AUDIT.into())),
-    ];
-    if installed.lock.engine == Engine::Nomad {
+    let mut logs = Vec::new();
+    if let Some(service) = service {
+        let log = paths::log(service);
+        logs.extend([
+            ("blue", Log::Slot(service.clone(), Slot::Blue)),
+            ("green", Log::Slot(service.clone(), Slot::Green)),
+            ("nginx", Log::File(log.join("error.log"))),
+            ("access", Log::File(log.join("access.log"))),
+            ("tcp", Log::File(log.join("tcp.log"))),
+            ("nginx-unit", Log::Unit(paths::nginx_unit(service))),
+        ]);
+    }
+    // A pattern: the process that is pushed to as well.
+    logs.extend([("registry", unit("zd-registry*")), ("docker", unit("docker"))]);
+    logs.extend([("audit", Log::File(paths::AUDIT.into())), ("backup", unit("zd-backup"))]);
+    if engine != Some(Engine::Docker) {
         logs.extend(["consul", "nomad", "consul-template"].map(|name| (name, unit(name))));
     }
     logs

@@ -1,8 +1,11 @@
 //! The command line: one file per verb, each with its `Args` and a `run` that reads as its pipeline.
 
+pub mod backup;
 pub mod completions;
 pub mod deploy;
 pub mod doctor;
+pub mod gc;
+pub mod generations;
 pub mod history;
 pub mod inspect;
 pub mod install;
@@ -12,16 +15,21 @@ pub mod logs;
 pub mod man;
 pub mod pack;
 pub mod publish;
+pub mod reconfigure;
 pub mod reload;
+pub mod restore;
 pub mod rollback;
 pub mod scale;
 pub mod secrets;
+pub mod settle;
 pub mod status;
 pub mod support;
 pub mod switch;
 pub mod undo;
 pub mod uninstall;
+pub mod upgrade;
 pub mod verify;
+mod watched;
 
 use clap::{Parser, Subcommand};
 
@@ -58,12 +66,18 @@ pub enum Command {
     Verify(verify::Args),
     Doctor(doctor::Args),
     Install(install::Args),
+    Upgrade(upgrade::Args),
+    Generations(generations::Args),
+    Gc(gc::Args),
+    Reconfigure(reconfigure::Args),
     Status(status::Args),
     Deploy(deploy::Args),
     Switch(switch::Args),
     Rollback(rollback::Args),
     Scale(scale::Args),
     Secrets(secrets::Args),
+    Backup(backup::Args),
+    Restore(restore::Args),
     History(history::Args),
     Logs(logs::Args),
     Support(support::Args),
@@ -74,6 +88,8 @@ pub enum Command {
     Publish(publish::Args),
     #[command(hide = true)]
     Reload(reload::Args),
+    #[command(hide = true)]
+    Settle(settle::Args),
     Completions(completions::Args),
     Man(man::Args),
 }
@@ -92,6 +108,11 @@ pub struct ChangeArgs {
     pub reason: String,
 }
 
+/// Indented, one below the other.
+fn lines(differences: &[String]) -> String {
+    differences.iter().map(|line| format!("  {line}\n")).collect()
+}
+
 pub async fn run(command: Command, ui: &Ui) -> Result<()> {
     match command {
         Command::Keygen(args) => keygen::run(args, ui),
@@ -100,12 +121,18 @@ pub async fn run(command: Command, ui: &Ui) -> Result<()> {
         Command::Verify(args) => verify::run(args, ui),
         Command::Doctor(args) => doctor::run(args, ui).await,
         Command::Install(args) => install::run(args, ui).await,
+        Command::Upgrade(args) => upgrade::run(args, ui).await,
+        Command::Gc(args) => gc::run(args, ui).await,
+        Command::Reconfigure(args) => reconfigure::run(args, ui).await,
+        Command::Generations(args) => generations::run(args, ui),
         Command::Status(args) => status::run(args, ui).await,
         Command::Deploy(args) => deploy::run(args, ui).await,
         Command::Switch(args) => switch::run(args, ui).await,
         Command::Rollback(args) => rollback::run(args, ui).await,
         Command::Scale(args) => scale::run(args, ui).await,
         Command::Secrets(args) => secrets::run(args, ui).await,
+        Command::Backup(args) => backup::run(args, ui).await,
+        Command::Restore(args) => restore::run(args, ui).await,
         Command::History(args) => history::run(args, ui),
         Command::Logs(args) => logs::run(args, ui).await,
         Command::Support(args) => support::run(args, ui).await,
@@ -114,6 +141,7 @@ pub async fn run(command: Command, ui: &Ui) -> Result<()> {
         Command::Uninstall(args) => uninstall::run(args, ui).await,
         Command::Publish(args) => publish::run(args, ui).await,
         Command::Reload(args) => reload::run(args, ui).await,
+        Command::Settle(args) => settle::run(args, ui).await,
         Command::Completions(args) => completions::run(args),
         Command::Man(args) => man::run(args),
     }

@@ -8,8 +8,8 @@ use jiff::Timestamp;
 use serde::Serialize;
 
 use crate::assets;
-use crate::bundle::lock::{self, Image, Lock, Role};
-use crate::bundle::manifest::{FileSource, Manifest, Target};
+use crate::bundle::lock::{self, Deb, Image, Lock, Role};
+use crate::bundle::manifest::{FileSource, Manifest, Service, Target};
 use crate::bundle::signature::{Key, Signer};
 use crate::bundle::sources::cache::{Cache, hash, hash_file};
 use crate::bundle::sources::place::Place;
@@ -70,6 +70,7 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
     let mut blobs = Blobs::default();
     let target = &manifest.target;
     let (apt_index, debs) = apt::resolve(&manifest.packages, target, &cache, &mut blobs, ui)?;
+    require_stream(&manifest.services, &debs)?;
     if !debs.is_empty() {
         ui.done(format!("{} packages for {target}", debs.len()));
     }
@@ -107,6 +108,7 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
         files,
         releases,
         services: manifest.services,
+        backup: manifest.backup,
         blobs: blob_list,
     };
     fs::create_dir_all(&folder).at(&folder)?;
@@ -155,6 +157,20 @@ fn read_manifest(args: &Args) -> Result<Manifest> {
         *path = base.join(&*path);
     }
     Ok(manifest)
+}
+
+/// nginx serves sessions by a module, which in Debian and Ubuntu is a package of its own.
+fn require_stream(services: &[Service], debs: &[Deb]) -> Result<()> {
+    const MODULE: &str = "libnginx-mod-stream";
+    match services.iter().find(|s| !s.inlets().is_empty()) {
+        Some(service) if !debs.iter().any(|d| d.name == MODULE) => Err(Code::Manifest
+            .err(format!(
+                "service {}: its TCP ports and long-lived paths need {MODULE}, and no package brings it",
+                service.name
+            ))
+            .cure(format!("add it: [packages] nginx = [\"nginx-light\", \"{MODULE}\"]"))),
+        _ => Ok(()),
+    }
 }
 
 async fn resolve_file(

@@ -18,7 +18,7 @@ pub struct Args {}
 pub async fn run(_: Args, ui: &Ui) -> Result<()> {
     let Some(installed) = Installed::read()? else { return Ok(()) };
     until(LIMIT, Duration::from_millis(500), async || consul::version().await.map(drop)).await?;
-    let _lock = wait_for_lock("publish", LIMIT).await?;
+    let _lock = wait_for_lock("publish", LIMIT, ui).await?;
     for service in &installed.lock.services {
         if cluster::is_behind(&service.name)? {
             cluster::tell(&installed, &service.name, ui).await?;
@@ -28,10 +28,10 @@ pub async fn run(_: Args, ui: &Ui) -> Result<()> {
 }
 
 /// For what nobody waits for: another zd may finish first.
-pub async fn wait_for_lock(verb: &str, limit: Duration) -> Result<HostLock> {
+pub async fn wait_for_lock(verb: &str, limit: Duration, ui: &Ui) -> Result<HostLock> {
     let start = Instant::now();
     loop {
-        match HostLock::take(verb) {
+        match HostLock::take(verb, ui) {
             Err(e) if e.code == Code::Locked && start.elapsed() < limit => {
                 tokio::time::sleep(Duration::from_millis(500)).await;
             }

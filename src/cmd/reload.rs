@@ -19,7 +19,7 @@ pub struct Args {
 }
 
 pub async fn run(args: Args, ui: &Ui) -> Result<()> {
-    let _lock = wait_for_lock("reload", Duration::from_secs(120)).await?;
+    let _lock = wait_for_lock("reload", Duration::from_secs(120), ui).await?;
     let installed = Installed::require()?;
     let name = &installed.service(Some(&args.service))?.name;
     let (rendered, included) = (paths::pools(name), paths::nginx_pools(name));

@@ -16,24 +16,31 @@ use crate::ui::Ui;
 
 /// Go back to the slot and version that was active before
 #[derive(clap::Args)]
-#[command(after_help = "Examples:\n  zd rollback\n  zd rollback hello --reason 'recipe 12 fails'")]
+#[command(after_help = "Examples:\n  zd rollback\n  zd rollback hello --reason 'recipe 12 fails'\n  \
+                        zd rollback --generation 1")]
 pub struct Args {
     /// The service; the only one where not given
     service: Option<Name>,
+    /// Back to an earlier generation of the stack instead (zd generations); what the slots hold stays
+    #[arg(long, value_name = "N", conflicts_with = "service")]
+    generation: Option<u32>,
     #[command(flatten)]
     change: ChangeArgs,
 }
 
 pub async fn run(args: Args, ui: &Ui) -> Result<()> {
-    let _lock = if args.change.dry_run { None } else { Some(HostLock::take("rollback")?) };
-    let host = Host { ui, bundle: None };
+    if let Some(number) = args.generation {
+        return super::upgrade::back_to(number, &args.change, ui).await;
+    }
+    let _lock = if args.change.dry_run { None } else { Some(HostLock::take("rollback", ui)?) };
+    let host = Host::new(ui);
     if !args.change.dry_run {
         settle_interrupted(&host).await?;
     }
     let installed = Installed::require()?;
     let service = installed.service(args.service.as_ref())?;
     if !args.change.dry_run {
-        switch::settle_killed(&service.name)?;
+        switch::settle_killed(service).await?;
     }
     let active = pointer::read(&service.name)?.slot();
     let previous = State::read(&service.name)?.previous.ok_or_else(|| {

@@ -39,15 +39,16 @@ struct Report {
 
 pub async fn run(args: Args, ui: &Ui) -> Result<()> {
     let start = std::time::Instant::now();
-    let _lock = if args.change.dry_run { None } else { Some(HostLock::take("scale")?) };
-    let host = Host { ui, bundle: None };
+    let _lock = if args.change.dry_run { None } else { Some(HostLock::take("scale", ui)?) };
+    let host = Host::new(ui);
     if !args.change.dry_run {
         settle_interrupted(&host).await?;
     }
     let mut installed = Installed::require()?;
-    let from = installed.service(Some(&args.service))?.instances;
+    let service = installed.service(Some(&args.service))?;
+    let from = service.instances;
     if !args.change.dry_run {
-        switch::settle_killed(&args.service)?;
+        switch::settle_killed(service).await?;
     }
     let to = args.instances;
     installed.set_instances(&args.service, to);
@@ -63,7 +64,7 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
         let (service, reason) = (Some(name), args.change.reason.as_str());
         audit::append(Event { verb: "scale", outcome, reason, service, detail, ..Event::default() })
     };
-    let changed = match apply::apply_or_back(&plan, &host).await {
+    let changed = match apply::apply_or_back(&plan, &host, None).await {
         Ok(summary) => !summary.done.is_empty(),
         Err(e) => {
             event("failed", e.what.clone())?;

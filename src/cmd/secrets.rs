@@ -1,8 +1,6 @@
 //! `zd secrets rotate`: every secret that zd has made on this host is made anew. Traffic needs none of
 //! them. A run that was broken off is simply run again: only then are the secrets before it worth nothing.
 
-use std::time::Duration;
-
 use serde::Serialize;
 
 use super::ChangeArgs;
@@ -15,12 +13,9 @@ use crate::host::config::Installed;
 use crate::host::lock::HostLock;
 use crate::host::registry::Registry;
 use crate::host::secrets::Secret;
-use crate::host::{Host, consul, fs, nomad, paths, systemd};
+use crate::host::{Host, consul, fs, nomad, paths, signing, systemd};
 use crate::plan::stack;
 use crate::ui::Ui;
-
-/// How long the registry may take to answer after its restart.
-const READY: Duration = Duration::from_secs(30);
 
 /// Make the secrets of this host anew
 #[derive(clap::Args)]
@@ -54,9 +49,9 @@ const STACK: [&str; 6] = [
 
 pub async fn run(args: Args, ui: &Ui) -> Result<()> {
     let Command::Rotate(change) = args.command;
-    let _lock = if change.dry_run { None } else { Some(HostLock::take("secrets rotate")?) };
+    let _lock = if change.dry_run { None } else { Some(HostLock::take("secrets rotate", ui)?) };
     if !change.dry_run {
-        settle_interrupted(&Host { ui, bundle: None }).await?;
+        settle_interrupted(&Host::new(ui)).await?;
     }
     let installed = Installed::require()?;
     let full_stack = installed.lock.engine == Engine::Nomad;
@@ -65,6 +60,7 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
         report.rotated.extend(STACK);
         report.restarted.extend(["consul", "nomad", "consul-template"]);
     }
+    report.rotated.push("signing key");
     if change.dry_run {
         ui.report(&report, |r| {
             format!("rotate {}\nrestart {}", r.rotated.join(", "), r.restarted.join(", "))
@@ -82,13 +78,23 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
             tokens(&installed, ui).await?;
         }
         certificates(&installed, full_stack, ui).await?;
-        if full_stack { forget_old_tokens().await } else { Ok(()) }
+        if full_stack {
+            forget_old_tokens().await?;
+        }
+        signing::rotate()
     };
-    if let Err(e) = rotated.await {
-        event("failed", e.what.clone())?;
-        return Err(e);
-    }
-    event("done", report.rotated.join(", "))?;
+    let (before, now) = match rotated.await {
+        Ok(keys) => keys,
+        Err(e) => {
+            event("failed", e.what.clone())?;
+            return Err(e);
+        }
+    };
+    event("done", format!("{} {} -> {now}", report.rotated.join(", "), before.as_deref().unwrap_or("none")))?;
+    ui.done(format!(
+        "the log and reports are signed with key {now} from now on: change control needs {}",
+        paths::SIGNING_PUB
+    ));
     ui.report(&report, |r| {
         format!(
             "rotated {}\nrestarted {}; what serves was not touched",
@@ -136,7 +142,7 @@ async fn certificates(installed: &Installed, full_stack: bool, ui: &Ui) -> Resul
     }
     fs::write(&paths::docker_ca(&host.registry()), &std::fs::read(paths::CA).at(paths::CA)?, 0o644, None)?;
     systemd::restart("zd-registry.service").await?;
-    Registry::ready(host, READY).await?;
+    Registry::ready(host).await?;
     ui.done("the registry has its new certificate and password");
     if full_stack {
         Secret::DockerAuth { registry: host.registry() }.make()?;

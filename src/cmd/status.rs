@@ -1,21 +1,32 @@
 //! `zd status`: what runs, since when and by whom, and any difference to what was recorded.
 
-use std::path::PathBuf;
+use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use comfy_table::{Table, presets};
+use jiff::Timestamp;
 use serde::Serialize;
+use serde_json::Value;
 
-use crate::bundle::manifest::{Engine, ImageRef, Service};
-use crate::error::{Error, Result};
+use super::backup::{self, Last};
+use crate::backup::Settings;
+use crate::bundle::manifest::{Door, Engine, ImageRef, LongLived, Service, Sessions};
+use crate::error::{At, Code, Error, OrCode, Result};
+use crate::facts;
 use crate::host::config::Installed;
 use crate::host::docker::{self, Docker, Found};
+use crate::host::lock::HostLock;
 use crate::host::{consul, nginx, nomad, packages, paths, systemd};
 use crate::ids::{Name, Slot};
 use crate::plan;
+use crate::plan::backup::{SERVICE, TIMER};
+use crate::receipt;
 use crate::service::cluster;
 use crate::service::health::{self, Probe};
 use crate::service::pointer::{self, Pointer};
+use crate::service::sessions;
 use crate::service::state::State;
 use crate::service::switch;
 use crate::ui::Ui;
@@ -30,11 +41,21 @@ pub struct Args {}
 pub struct Report {
     pub schema: u32,
     pub bundle: String,
-    pub ip: std::net::Ipv4Addr,
+    pub ip: Ipv4Addr,
     pub components: Vec<Component>,
     pub services: Vec<ServiceReport>,
+    /// None where no key for backups is set.
+    pub backup: Option<BackupReport>,
     /// What is not as it was recorded.
     pub drift: Vec<Drift>,
+}
+
+#[derive(Serialize)]
+pub struct BackupReport {
+    #[serde(flatten)]
+    pub settings: Settings,
+    /// The last one that came to its end.
+    pub last: Option<Last>,
 }
 
 #[derive(Serialize)]
@@ -75,6 +96,29 @@ pub struct ServiceReport {
     pub active_since: Option<String>,
     pub active_by: Option<String>,
     pub slots: Vec<SlotReport>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub tcp: Vec<TcpReport>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub long_lived: Vec<LongLivedReport>,
+}
+
+#[derive(Serialize)]
+pub struct TcpReport {
+    pub listen: u16,
+    /// What a switch does about open sessions.
+    pub sessions: Sessions,
+    pub listening: bool,
+    /// Sessions open with each slot.
+    pub open: BTreeMap<Slot, usize>,
+}
+
+#[derive(Serialize)]
+pub struct LongLivedReport {
+    pub path: String,
+    /// What a switch does about open requests.
+    pub sessions: Sessions,
+    /// Requests open with each slot.
+    pub open: BTreeMap<Slot, usize>,
 }
 
 #[derive(Serialize)]
@@ -98,12 +142,14 @@ pub async fn run(_: Args, ui: &Ui) -> Result<()> {
 
 pub async fn gather(installed: &Installed) -> Result<Report> {
     let mut drift = Vec::new();
+    drift.extend(receipt::refuse_unfinished().err().filter(|_| !HostLock::is_held()).map(Drift::from));
     let nomad_engine = installed.lock.engine == Engine::Nomad;
     let components = components(installed).await?;
     for Component { name, state, .. } in components.iter().filter(|c| c.state != "active") {
-        let cure = format!("systemctl start {name}, then journalctl -u {name}");
+        let cure = format!("systemctl start {name}, then journalctl {} -u {name}", systemd::JOURNALS);
         drift.push(Drift::new(format!("{name} is {state}"), cure));
     }
+    drift.extend(address_gone(installed.host.ip));
     let docker = match Docker::connect().await {
         Ok(docker) => Some(docker),
         Err(e) => {
@@ -124,14 +170,63 @@ pub async fn gather(installed: &Installed) -> Result<Report> {
     for service in &installed.lock.services {
         services.push(service_report(installed, service, docker.as_ref(), &mut drift).await?);
     }
+    let backup = backup_report(installed, &mut drift).await?;
     Ok(Report {
         schema: 1,
         bundle: installed.lock.title(),
         ip: installed.host.ip,
         components,
         services,
+        backup,
         drift,
     })
+}
+
+/// The site has given the host another address, or not yet this one.
+fn address_gone(ip: Ipv4Addr) -> Option<Drift> {
+    let what = format!("{ip}, the address of zd's registry, is on no interface of this host");
+    let cure = "zd reconfigure --ip auto (or one of its addresses), or give it back to an interface";
+    (!facts::is_here(ip)).then(|| Drift::new(what, cure))
+}
+
+/// How old the last backup is, and whether the timer still takes them.
+async fn backup_report(installed: &Installed, drift: &mut Vec<Drift>) -> Result<Option<BackupReport>> {
+    let Some(settings) = Settings::read(&installed.lock)? else { return Ok(None) };
+    let last = backup::last()?;
+    let (timer, _) = systemd::state(TIMER).await?;
+    if timer != "active" {
+        let cure = format!(
+            "systemctl enable --now {TIMER}; where it is gone: zd backup --recipient {}",
+            settings.recipient
+        );
+        drift.push(Drift::new(format!("{TIMER} is {timer}: no backups are taken"), cure));
+    } else if let Some(how) = systemd::failure(SERVICE).await? {
+        let cure = format!("zd logs backup shows why; mend that, then systemctl restart {SERVICE}");
+        drift.push(Drift::new(format!("the last timed backup failed ({how})"), cure));
+    } else if let Some(age) = overdue(&settings, last.as_ref(), Timestamp::now())? {
+        let age = units::rough(age);
+        let what = match &last {
+            Some(_) => format!("the last backup is {age} old, expected is one every {}", settings.every),
+            None => format!("no backup was ever taken, for {age}; expected is one every {}", settings.every),
+        };
+        drift.push(Drift::new(what, "zd logs backup shows why; mend that, then zd backup"));
+    }
+    Ok(Some(BackupReport { settings, last }))
+}
+
+/// How long ago the last one was, where that is too long: two have been missed.
+fn overdue(settings: &Settings, last: Option<&Last>, now: Timestamp) -> Result<Option<Duration>> {
+    let since = match last {
+        Some(last) => last.at,
+        // Since timed backups were set.
+        None => {
+            let unit = Path::new(paths::UNITS).join(TIMER);
+            let set = unit.metadata().and_then(|m| m.modified()).at(&unit)?;
+            Timestamp::try_from(set).or_code(Code::Io, unit.display())?
+        }
+    };
+    let age = Duration::try_from(now.duration_since(since)).unwrap_or_default();
+    Ok((age > settings.every.length() * 2).then_some(age))
 }
 
 /// The units that zd answers for, and what runs in them.
@@ -173,15 +268,22 @@ async fn stack_drift(installed: &Installed, service: &Service) -> Vec<Drift> {
         let active = pointer::read(name).is_ok_and(|p| p.slot() == *slot);
         let first = if active { "zd switch, then " } else { "" };
         let cure = format!("{first}zd deploy {}", filled.version);
-        let Ok(job) = plan::slot::job(installed, service, *slot, &reference, &filled.digest) else {
-            continue;
-        };
+        let placed = std::fs::read(paths::placed_job(name, *slot)).ok();
+        let placed: Option<Value> = placed.and_then(|bytes| serde_json::from_slice(&bytes).ok());
         match nomad::job(&nomad, &id).await {
             Ok(None) => drift.push(Drift::new(format!("Nomad job {id} is gone"), cure)),
-            Ok(Some(_)) if nomad::differs(&nomad, &id, &job).await.unwrap_or(false) => {
-                drift.push(Drift::new(format!("Nomad job {id} was changed by hand"), cure));
+            Ok(Some(found)) => {
+                let differs = match placed {
+                    Some(placed) => nomad::differs(&nomad, &id, &placed).await,
+                    // An earlier zd has not kept it, and made it from a template of its own.
+                    None => plan::slot::job(installed, service, *slot, &reference, &filled.digest)
+                        .map(|job| !plan::slot::same_content(&found, &job)),
+                };
+                if differs.unwrap_or(false) {
+                    drift.push(Drift::new(format!("Nomad job {id} was changed by hand"), cure));
+                }
             }
-            _ => {}
+            Err(_) => {}
         }
     }
     drift
@@ -239,7 +341,10 @@ async fn service_report(
         if !healthy {
             let why = probes.iter().find(|p| !p.healthy).map(|p| p.answer.clone()).unwrap_or_default();
             let cure = format!("zd logs {slot}, then zd deploy VERSION");
-            drift.push(Drift::new(format!("{name} {slot} ({role}) is not healthy ({why})"), cure));
+            drift.push(Drift::new(format!("{name} {slot} ({role}) is not healthy ({why})"), &cure));
+            if installed.lock.engine == Engine::Nomad {
+                drift.extend(reason(service, slot, &cure).await);
+            }
         }
         slots.push(SlotReport {
             slot,
@@ -267,7 +372,46 @@ async fn service_report(
         active_since: state.active_since.map(|t| t.to_string()),
         active_by: state.active_by,
         slots,
+        tcp: tcp_reports(service, drift)?,
+        long_lived: long_lived_reports(service)?,
     })
+}
+
+/// What Nomad knows of a slot that is not healthy. Where it does not answer, that was said already.
+async fn reason(service: &Service, slot: Slot, cure: &str) -> Option<Drift> {
+    let reason = health::explain(service, slot).await.ok().filter(|reason| !reason.lines.is_empty())?;
+    Some(Drift::new(reason.lines.join("; "), reason.cure.unwrap_or(cure)))
+}
+
+/// Of TCP ports nothing is tried here: a session of ours could keep a client's away.
+fn tcp_reports(service: &Service, drift: &mut Vec<Drift>) -> Result<Vec<TcpReport>> {
+    let mut reports = Vec::new();
+    for tcp in &service.tcp {
+        let listen = tcp.listen();
+        let open = open_sessions(service, &Door::Listen(listen))?;
+        let all = procfs::net::tcp().unwrap_or_default();
+        let mut listening = all.iter().filter(|e| e.state == procfs::net::TcpState::Listen);
+        let listening = listening.any(|e| e.local_address.port() == listen);
+        if !listening {
+            let cure = format!("systemctl status {}", paths::nginx_unit(&service.name));
+            drift.push(Drift::new(format!("nobody listens on tcp port {listen} of {}", service.name), cure));
+        }
+        reports.push(TcpReport { listen, sessions: tcp.sessions, listening, open });
+    }
+    Ok(reports)
+}
+
+fn long_lived_reports(service: &Service) -> Result<Vec<LongLivedReport>> {
+    let report = |LongLived { path, sessions, .. }: &LongLived| {
+        let open = open_sessions(service, &Door::Path(path.clone()))?;
+        Ok(LongLivedReport { path: path.clone(), sessions: *sessions, open })
+    };
+    service.long_lived.iter().map(report).collect()
+}
+
+fn open_sessions(service: &Service, door: &Door) -> Result<BTreeMap<Slot, usize>> {
+    let open = |slot| Ok((slot, sessions::open(&service.name, slot, door)?.len()));
+    Slot::BOTH.into_iter().map(open).collect()
 }
 
 fn container_drift(name: &str, found: Option<&Found>, recorded: Option<&str>) -> Option<Drift> {
@@ -327,6 +471,39 @@ fn text(r: &Report) -> String {
             ]);
         }
         out.push_str(&format!("{rows}\n"));
+        let open = |open: &BTreeMap<Slot, usize>| {
+            open.iter().map(|(slot, n)| format!("{n} with {slot}")).collect::<Vec<_>>().join(", ")
+        };
+        for tcp in &service.tcp {
+            out.push_str(&format!(
+                "tcp port {} (sessions {}): {}; {} open\n",
+                tcp.listen,
+                tcp.sessions,
+                if tcp.listening { "listening" } else { "NOT LISTENING" },
+                open(&tcp.open)
+            ));
+        }
+        for path in &service.long_lived {
+            out.push_str(&format!(
+                "path {} (sessions {}): {} open\n",
+                path.path,
+                path.sessions,
+                open(&path.open)
+            ));
+        }
+    }
+    if let Some(backup) = &r.backup {
+        let last = backup.last.as_ref().map_or("none yet".into(), |last| {
+            format!("last {} as {}", last.at.strftime("%F %T"), last.file.display())
+        });
+        let settings = &backup.settings;
+        out.push_str(&format!(
+            "\nbackups: every {} to {}, {} kept, for {}; {last}\n",
+            settings.every,
+            settings.to.display(),
+            settings.keep,
+            settings.recipient
+        ));
     }
     let mut rows = table(["component", "version", "state", "for"]);
     for c in &r.components {
@@ -343,4 +520,22 @@ fn text(r: &Report) -> String {
         }
     }
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn two_missed_backups_are_too_many() {
+        let key = "age1ql3z7hjy54pw3hyww5ayyfg7zqgvc7w3j2elw8zmrj2kg5sfn9aqmcac8p";
+        let settings: Settings = toml::from_str(&format!("recipient = {key:?}")).unwrap();
+        let last = serde_json::json!({ "schema": 1, "at": "2026-01-01T02:00:00Z", "file": "x" });
+        let last: Last = serde_json::from_value(last).unwrap();
+        let late = |now: &str| overdue(&settings, Some(&last), now.parse().unwrap()).unwrap();
+        assert_eq!(late("2026-01-03T01:59:00Z"), None);
+        assert!(late("2026-01-03T02:01:00Z").is_some());
+        // A clock that was set back says nothing.
+        assert_eq!(late("2025-01-01T00:00:00Z"), None);
+    }
 }

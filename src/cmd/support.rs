@@ -14,7 +14,7 @@ use crate::error::{At, Code, OrCode, Result};
 use crate::facts::Facts;
 use crate::host::config::Installed;
 use crate::host::secrets::private_config;
-use crate::host::{exec, paths};
+use crate::host::{exec, paths, systemd};
 use crate::ui::Ui;
 
 /// Of each file and each command's output, the last this many bytes. Some 60 of them: the archive stays
@@ -156,7 +156,10 @@ fn commands() -> Vec<(String, Vec<String>)> {
     add("kernel", "journalctl -k -n 300 --no-pager");
     for unit in ["docker", "zd-registry", "zd-nginx@*", "consul", "nomad", "consul-template", "zd-*"] {
         add(&format!("status-{unit}"), &format!("systemctl status --no-pager --full {unit}"));
-        add(&format!("journal-{unit}"), &format!("journalctl -u {unit} -n 1000 --no-pager"));
+        add(
+            &format!("journal-{unit}"),
+            &format!("journalctl {} -u {unit} -n 1000 --no-pager", systemd::JOURNALS),
+        );
     }
     all
 }
@@ -174,9 +177,12 @@ fn tail(path: &Path) -> Result<String> {
 /// Every secret of this host, and what services are given as such: to be found again in any text.
 fn secrets() -> Vec<String> {
     let mut found = Vec::new();
-    for folder in [paths::SECRETS, paths::REGISTRY_ETC, "/etc/zd/tls"] {
+    for folder in [paths::SECRETS, paths::REGISTRY_ETC, "/etc/zd/tls", paths::SIGNING] {
         for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
-            if ["config.json", "ca.crt", "tls.crt", "nomad.crt"].iter().any(|n| entry.file_name() == *n) {
+            if ["config.json", "push.json", "ca.crt", "tls.crt", "nomad.crt", "host.pub"]
+                .iter()
+                .any(|n| entry.file_name() == *n)
+            {
                 continue;
             }
             let text = std::fs::read_to_string(entry.path()).unwrap_or_default();

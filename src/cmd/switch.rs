@@ -29,9 +29,9 @@ pub struct Args {
 }
 
 pub async fn run(args: Args, ui: &Ui) -> Result<()> {
-    let _lock = if args.change.dry_run { None } else { Some(HostLock::take("switch")?) };
+    let _lock = if args.change.dry_run { None } else { Some(HostLock::take("switch", ui)?) };
     if !args.change.dry_run {
-        super::deploy::settle_interrupted(&Host { ui, bundle: None }).await?;
+        super::deploy::settle_interrupted(&Host::new(ui)).await?;
     }
     let installed = Installed::require()?;
     let mut service = installed.service(args.service.as_ref())?.clone();
@@ -61,9 +61,11 @@ pub fn text(r: &Report) -> String {
             r.service, r.to.slot, r.to.version
         );
     }
+    let sessions: String =
+        r.sessions.iter().filter_map(|m| m.text(r.from.slot)).map(|text| text + "\n").collect();
     format!(
         "{}: {} {} ({}) -> {} {} ({})\nheld {} requests for {:.1} ms (p99 {:.1} ms), verified {} answers, {:.0} ms in all\n\
-         back  zd rollback",
+         {sessions}back  zd rollback",
         r.service,
         r.from.slot,
         r.from.version,

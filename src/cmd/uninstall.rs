@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use super::ChangeArgs;
-use crate::apply;
+use crate::apply::{self, Way};
 use crate::audit::{self, Event};
 use crate::error::{Code, Result};
 use crate::host::Host;
@@ -31,7 +31,7 @@ struct Report {
 }
 
 pub async fn run(args: Args, ui: &Ui) -> Result<()> {
-    let _lock = if args.change.dry_run { None } else { Some(HostLock::take("uninstall")?) };
+    let _lock = if args.change.dry_run { None } else { Some(HostLock::take("uninstall", ui)?) };
     let (earlier, mut journals): (Vec<Receipt>, Vec<Receipt>) =
         receipt::all()?.into_iter().partition(|r| r.outcome == Some(Outcome::Undone));
     if journals.is_empty() && (earlier.is_empty() || !args.purge) {
@@ -40,8 +40,7 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
             .cure("there is nothing to remove"));
     }
     if args.change.dry_run {
-        let steps =
-            journals.iter().rev().filter(|r| r.header.verb == "install").flat_map(|r| r.steps.iter().rev());
+        let steps = journals.iter().rev().filter(|r| changed_the_host(r)).flat_map(|r| r.steps.iter().rev());
         let undone = steps.filter(|i| !i.undone).map(|i| i.step.clone()).collect();
         ui.report(&Report { undone, purged: args.purge }, |r| {
             r.undone.iter().map(|s| format!("undo {s}\n")).collect()
@@ -55,20 +54,22 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
             .cure("zd uninstall --yes"));
     }
     ui.confirm(&format!("stop the services and remove zd {what} from this host?"), args.change.yes)?;
-    let host = Host { ui, bundle: None };
+    let host = Host::new(ui);
+    let way = if args.purge { Way::Purge } else { Way::Remove };
     let mut undone = Vec::new();
     for journal in journals.iter_mut().rev() {
-        // What a deploy or a finished plan of another kind left is in what the install takes away.
-        if journal.header.verb == "install" {
-            undone.extend(apply::undo(journal, &host, args.purge).await?);
+        // What a deploy or a scale left is in what the install takes away.
+        if changed_the_host(journal) {
+            undone.extend(apply::undo(journal, &host, way).await?);
         } else {
             journal.end(Outcome::Undone)?;
         }
     }
     if args.purge {
         apply::purge_leftovers(&earlier).await?;
-        apply::sweep()?;
-    } else {
+    }
+    apply::sweep(args.purge).await?;
+    if !args.purge {
         let reason = &args.change.reason;
         audit::append(Event { verb: "uninstall", outcome: "done", reason, ..Event::default() })?;
     }
@@ -81,4 +82,11 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
         format!("removed: {} steps taken back; {data}", r.undone.len())
     });
     Ok(())
+}
+
+/// Of an install, a restore, an upgrade, the way back from one, another address, or timed backups (a service's own rollback is
+/// recorded as its deploy).
+fn changed_the_host(receipt: &Receipt) -> bool {
+    ["install", "restore", "upgrade", "rollback", "reconfigure", "backup"]
+        .contains(&receipt.header.verb.as_str())
 }

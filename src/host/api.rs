@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use reqwest::{Certificate, Client, ClientBuilder, Identity, Method, StatusCode};
+use reqwest::{Certificate, Client, ClientBuilder, Identity, Method, RequestBuilder, StatusCode};
 use serde::Serialize;
 use serde_json::Value;
 
@@ -71,11 +71,13 @@ impl Api {
         Self { client: self.client.clone(), server: self.server, token: Some(token.to_owned()) }
     }
 
+    /// Whether the token that it is asked with is one: Consul and Nomad tell at the same path.
+    pub async fn knows_token(&self) -> bool {
+        self.get("/v1/acl/token/self").await.is_ok_and(|token| !token.is_null())
+    }
+
     pub async fn send(&self, method: Method, path: &str, body: Option<&impl Serialize>) -> Result<Reply> {
-        let mut request = self.client.request(method, format!("{}{path}", self.server.base));
-        if let Some(token) = &self.token {
-            request = request.header(self.server.header, token);
-        }
+        let mut request = self.request(method, path);
         if let Some(body) = body {
             request = request.json(body);
         }
@@ -83,6 +85,34 @@ impl Api {
         let status = answer.status();
         let body = answer.text().await.map_err(|e| self.silent(&e))?;
         Ok(Reply { status, body })
+    }
+
+    /// The answer's bytes; any status but success is an error.
+    pub async fn download(&self, path: &str) -> Result<Vec<u8>> {
+        let answer = self.request(Method::GET, path).send().await.map_err(|e| self.silent(&e))?;
+        let status = answer.status();
+        let bytes = answer.bytes().await.map_err(|e| self.silent(&e))?;
+        match status.is_success() {
+            true => Ok(bytes.into()),
+            false => Err(self.refused(path, &Reply { status, body: String::from_utf8_lossy(&bytes).into() })),
+        }
+    }
+
+    /// Puts plain bytes.
+    pub async fn upload(&self, path: &str, bytes: &[u8]) -> Result<()> {
+        let request = self.request(Method::PUT, path).body(bytes.to_vec());
+        let answer = request.send().await.map_err(|e| self.silent(&e))?;
+        let status = answer.status();
+        let body = answer.text().await.map_err(|e| self.silent(&e))?;
+        self.success(path, Reply { status, body }).map(drop)
+    }
+
+    fn request(&self, method: Method, path: &str) -> RequestBuilder {
+        let request = self.client.request(method, format!("{}{path}", self.server.base));
+        match &self.token {
+            Some(token) => request.header(self.server.header, token),
+            None => request,
+        }
     }
 
     /// The answer's JSON; any status but success is an error. `null` where the thing is not there (404).
@@ -108,7 +138,8 @@ impl Api {
         self.success(path, reply)
     }
 
-    fn success(&self, path: &str, reply: Reply) -> Result<Value> {
+    /// As [`Api::call`], of an answer that is here already.
+    pub fn success(&self, path: &str, reply: Reply) -> Result<Value> {
         if reply.status.is_success() {
             return Ok(serde_json::from_str(&reply.body).unwrap_or(Value::Null));
         }
@@ -120,14 +151,14 @@ impl Api {
         Code::Stack
             .err(format!("{} answers {path} with {}: {}", self.server.name, reply.status, reply.body.trim()))
             .cure(format!(
-                "see `systemctl status {0}` and `journalctl -u {0}`, then run it again",
+                "see `systemctl status {0}` and `zd logs {0}`, then run it again",
                 self.server.unit
             ))
     }
 
     fn silent(&self, e: &reqwest::Error) -> Error {
         Code::Stack.err(format!("{} does not answer: {}", self.server.name, chain(e))).cure(format!(
-            "systemctl start {0}, then journalctl -u {0}; what serves goes on serving",
+            "systemctl start {0}, then zd logs {0}; what serves goes on serving",
             self.server.unit
         ))
     }

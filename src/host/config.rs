@@ -19,9 +19,16 @@ pub struct HostConfig {
     pub schema: u32,
     /// The address other machines know this host by.
     pub ip: Ipv4Addr,
+    /// What it is called among the nodes of Consul and Nomad, where that does not follow from its address: a node
+    /// keeps the name it was installed with, for what runs there is Nomad's under that name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<String>,
     /// First two octets of the containers' /16: `172.31` stands for 172.31.0.0/16.
     pub subnet: String,
     pub registry_port: u16,
+    /// What the registry was called before: containers and Docker's images may still be named by it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub former_registries: Vec<String>,
     pub generation: u32,
     /// Digest of the lock of the installed bundle.
     pub bundle: Digest,
@@ -43,9 +50,31 @@ impl HostConfig {
         format!("{}:{}", self.ip, self.registry_port)
     }
 
+    /// All that it is or was called by.
+    pub fn registries(&self) -> impl Iterator<Item = String> {
+        self.former_registries.iter().cloned().chain([self.registry()])
+    }
+
     /// What this host is called among the nodes of Consul and Nomad.
     pub fn node(&self) -> String {
-        format!("node-{}", self.ip.to_string().replace('.', "-"))
+        self.node.clone().unwrap_or_else(|| format!("node-{}", self.ip.to_string().replace('.', "-")))
+    }
+
+    /// The same host at another address, or with its registry on another port.
+    pub fn moved(&self, ip: Ipv4Addr, registry_port: u16) -> Self {
+        let mut moved = Self { ip, registry_port, node: Some(self.node()), ..self.clone() };
+        if moved.registry() == self.registry() {
+            return self.clone();
+        }
+        moved.former_registries.push(self.registry());
+        let now = moved.registry();
+        moved.former_registries.retain(|former| *former != now);
+        moved
+    }
+
+    /// The address is one of zd's own network of containers.
+    pub fn is_container(&self, ip: Ipv4Addr) -> bool {
+        ip.octets()[..2] == self.address(0, Slot::Blue, 1).octets()[..2]
     }
 
     /// Name of a repository's image by digest in the private registry.
@@ -124,13 +153,28 @@ impl Installed {
         }
     }
 
+    /// Where clients find the services.
+    pub fn urls(&self) -> Vec<String> {
+        let ip = self.host.ip;
+        let of = |s: &Service| {
+            let tcp = s.tcp.iter().map(|t| format!("tcp://{ip}:{}", t.listen()));
+            std::iter::once(format!("http://{ip}:{}/", s.listen)).chain(tcp).collect::<Vec<_>>()
+        };
+        self.lock.services.iter().flat_map(of).collect()
+    }
+
     pub fn index(&self, service: &Name) -> usize {
         self.lock.services.iter().position(|s| s.name == *service).unwrap_or(0)
     }
 
-    /// Addresses of a slot's containers.
+    /// Addresses of a slot's containers, where they serve HTTP.
     pub fn addresses(&self, service: &Service, slot: Slot) -> Vec<std::net::SocketAddr> {
+        self.addresses_at(service, slot, service.port)
+    }
+
+    /// The same with another port of theirs.
+    pub fn addresses_at(&self, service: &Service, slot: Slot, port: u16) -> Vec<std::net::SocketAddr> {
         let index = self.index(&service.name);
-        (1..=service.instances).map(|i| (self.host.address(index, slot, i), service.port).into()).collect()
+        (1..=service.instances).map(|i| (self.host.address(index, slot, i), port).into()).collect()
     }
 }

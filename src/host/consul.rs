@@ -9,9 +9,10 @@ use serde_json::{Value, json};
 
 use super::api::Api;
 use super::secrets::{self, Token};
-use super::{paths, until};
+use super::{paths, systemd, until};
 use crate::error::{Code, Result};
 
+const SNAPSHOT: &str = "/v1/snapshot";
 const READY: Duration = Duration::from_secs(60);
 const EVERY: Duration = Duration::from_millis(100);
 
@@ -43,16 +44,25 @@ fn policies(node: &str) -> [(Token, String); 4] {
 pub async fn is_ready() -> Result<bool> {
     for (token, _) in policies("") {
         let Ok(secret) = secrets::token(token) else { return Ok(false) };
-        if !accepts(&Api::consul(Some(secret))?).await {
+        if !Api::consul(Some(secret))?.knows_token().await {
             return Ok(false);
         }
     }
     Ok(true)
 }
 
-/// Consul knows the token that this API is asked with.
-async fn accepts(api: &Api) -> bool {
-    api.get("/v1/acl/token/self").await.is_ok_and(|token| !token.is_null())
+/// All of its state, as `consul snapshot` would save it.
+pub async fn snapshot() -> Result<Vec<u8>> {
+    management()?.download(SNAPSHOT).await
+}
+
+/// Puts a snapshot back; the tokens of then are the ones that count again.
+pub async fn restore(snapshot: &[u8]) -> Result<()> {
+    let api = management()?;
+    wait(&api).await?;
+    api.upload(SNAPSHOT, snapshot).await?;
+    let unknown = || Code::Stack.err("Consul does not know the tokens of the backup").cure("zd logs consul");
+    until(READY, EVERY, async || is_ready().await?.then_some(()).ok_or_else(unknown)).await
 }
 
 /// Waits for the leader and brings the ACL about: one policy and one token for each user of Consul.
@@ -67,24 +77,37 @@ pub async fn set_up(node: &str) -> Result<()> {
 
 async fn wait(api: &Api) -> Result<()> {
     // The ACL system starts a moment after the leader does, and says so with a 500.
-    until(READY, EVERY, async || api.get("/v1/acl/policies").await.map(drop)).await
+    systemd::until_serving("consul.service", READY, EVERY, async || {
+        api.get("/v1/acl/policies").await.map(drop)
+    })
+    .await
 }
 
 /// The policy with these rules, and a token that has it.
 async fn ensure(api: &Api, token: Token, rules: &str, secret: &str) -> Result<()> {
     let name = format!("zd-{}", token.name());
-    // One that is not there is a 403.
-    let known = api.get(&format!("/v1/acl/policy/name/{name}")).await.unwrap_or(Value::Null);
+    let known = policy(api, &format!("/v1/acl/policy/name/{name}")).await?;
     let policy = json!({ "Name": name, "Rules": rules });
     match known["ID"].as_str() {
         Some(id) => api.put(&format!("/v1/acl/policy/{id}"), &policy).await?,
         None => api.put("/v1/acl/policy", &policy).await?,
     };
-    if accepts(&api.with(secret)).await {
+    if api.with(secret).knows_token().await {
         return Ok(());
     }
     let token = json!({ "SecretID": secret, "Description": name, "Policies": [{ "Name": name }] });
     api.put("/v1/acl/token", &token).await.map(drop)
+}
+
+/// The policy, or null where there is none, which Consul says with a 404 or a 403. Any other
+/// refusal is no word that it is not there.
+async fn policy(api: &Api, path: &str) -> Result<Value> {
+    let reply = api.send(Method::GET, path, None::<&()>).await?;
+    match reply.status {
+        StatusCode::NOT_FOUND => Ok(Value::Null),
+        StatusCode::FORBIDDEN if reply.body.contains("ACL not found") => Ok(Value::Null),
+        _ => api.success(path, reply),
+    }
 }
 
 fn management() -> Result<Api> {
@@ -213,7 +236,7 @@ pub async fn version() -> Result<String> {
 async fn version_of(api: &Api) -> Result<String> {
     // Asked first: until there is a leader no token is known.
     if api.get("/v1/status/leader").await?.as_str().unwrap_or_default().is_empty() {
-        return Err(Code::Stack.err("Consul has no leader").cure("journalctl -u consul"));
+        return Err(Code::Stack.err("Consul has no leader").cure("zd logs consul"));
     }
     let agent = api.get("/v1/agent/self").await?;
     Ok(agent["Config"]["Version"].as_str().unwrap_or("?").to_owned())
@@ -252,11 +275,30 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn only_a_policy_that_is_not_there_is_missing() {
+        let path = "/v1/acl/policy/name/zd-consul-agent";
+        let replay = Replay::of(&["consul-policies"]).await;
+        let api = replay.api(CONSUL, Some(Token::ConsulManagement));
+        assert_eq!(policy(&api, path).await.unwrap(), Value::Null);
+        // Another token may not look, and a Consul that is just starting cannot.
+        for (api, said) in [
+            (replay.api(CONSUL, Some(Token::ConsulZd)), "403 Forbidden: Permission denied"),
+            (
+                replay.api(CONSUL, Some(Token::ConsulManagement)),
+                "500 Internal Server Error: The ACL system is currently",
+            ),
+        ] {
+            let e = policy(&api, path).await.unwrap_err();
+            assert!(e.what.contains(said), "{}", e.what);
+        }
+    }
+
+    #[tokio::test]
     async fn tokens() {
         let replay = Replay::of(&["consul-token-known", "consul-token-unknown"]).await;
         let api = replay.api(CONSUL, Some(Token::ConsulZd));
-        assert!(accepts(&api).await);
-        assert!(!accepts(&api.with(UNKNOWN)).await);
+        assert!(api.knows_token().await);
+        assert!(!api.with(UNKNOWN).knows_token().await);
     }
 
     #[tokio::test]
@@ -334,5 +376,33 @@ mod tests {
         let replay = Replay::of(&["consul-set-raced"]).await;
         let blue = json!({ "active": "blue", "release": "1.0.0" });
         set(&replay.api(CONSUL, Some(Token::ConsulZd)), KEY, &blue).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_snapshot_is_what_brings_the_tokens_back() {
+        let replay = Replay::of(&["consul-snapshot", "consul-snapshot-restore"]).await;
+        let api = replay.api(CONSUL, Some(Token::ConsulManagement));
+        let snapshot = api.download(SNAPSHOT).await.unwrap();
+        assert_eq!(snapshot, replay.next_bytes());
+        assert_eq!(snapshot[..2], [0x1f, 0x8b], "gzip");
+        api.upload(SNAPSHOT, &snapshot).await.unwrap();
+        assert!(api.with(&secret(Token::ConsulZd)).knows_token().await);
+    }
+
+    #[tokio::test]
+    async fn snapshots_that_cannot_be_had_or_put_back() {
+        let replay =
+            Replay::of(&["consul-snapshot-no-leader", "consul-snapshot-denied", "consul-snapshot-damaged"])
+                .await;
+        for (token, said) in [
+            (Token::ConsulManagement, "500 Internal Server Error: No cluster leader"),
+            (Token::ConsulZd, "403 Forbidden: Permission denied"),
+        ] {
+            let e = replay.api(CONSUL, Some(token)).download(SNAPSHOT).await.unwrap_err();
+            assert_eq!((e.code, e.what), (Code::Stack, format!("Consul answers /v1/snapshot with {said}")));
+        }
+        let api = replay.api(CONSUL, Some(Token::ConsulManagement));
+        let e = api.upload(SNAPSHOT, &replay.next_bytes()).await.unwrap_err();
+        assert!(e.what.contains("500 Internal Server Error: failed to read snapshot file"), "{}", e.what);
     }
 }

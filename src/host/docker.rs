@@ -1,6 +1,6 @@
 //! The Docker daemon: network, images by digest, a slot's containers. bollard over the local socket.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::io::Write;
 use std::net::Ipv4Addr;
 use std::time::Duration;
@@ -15,8 +15,8 @@ use bollard::models::{
 };
 use bollard::query_parameters::{
     CreateContainerOptionsBuilder, CreateImageOptionsBuilder, ListContainersOptionsBuilder,
-    LogsOptionsBuilder, RemoveContainerOptionsBuilder, RenameContainerOptionsBuilder,
-    StopContainerOptionsBuilder,
+    ListImagesOptionsBuilder, LogsOptionsBuilder, RemoveContainerOptionsBuilder, RemoveImageOptions,
+    RenameContainerOptionsBuilder, StopContainerOptionsBuilder,
 };
 use futures_util::{Stream, StreamExt, TryStreamExt};
 use serde::{Deserialize, Serialize};
@@ -287,6 +287,27 @@ impl Docker {
         };
         let options = CreateContainerOptionsBuilder::default().name(&wanted.name).build();
         self.0.create_container(Some(options), body).await.map(drop).map_err(failed)
+    }
+
+    /// Removes images that were pulled from a registry and are not to be kept; those in use stay. Tells how many.
+    pub async fn remove_images(&self, registry: &str, keep: &BTreeSet<Digest>) -> Result<usize> {
+        let mut removed = 0;
+        let options = ListImagesOptionsBuilder::default().digests(true).build();
+        for image in self.0.list_images(Some(options)).await.map_err(failed)? {
+            for name in image.repo_digests.iter().filter(|name| name.starts_with(&format!("{registry}/"))) {
+                let digest = name.split_once('@').and_then(|(_, digest)| digest.parse().ok());
+                if digest.is_some_and(|digest| keep.contains(&digest)) {
+                    continue;
+                }
+                match self.0.remove_image(name, None::<RemoveImageOptions>, None).await {
+                    Ok(_) => removed += 1,
+                    // In use, or gone.
+                    Err(BollardError::DockerResponseServerError { status_code: 404 | 409, .. }) => {}
+                    Err(e) => return Err(failed(e)),
+                }
+            }
+        }
+        Ok(removed)
     }
 
     async fn rename(&self, from: &str, to: &str) -> Result<()> {

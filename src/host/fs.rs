@@ -2,10 +2,16 @@
 
 use std::fs::{self, File, Permissions};
 use std::io::Write;
-use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, fchown, symlink};
 use std::path::Path;
 
+use cap_std::fs::{Dir, OpenOptions, OpenOptionsExt};
+
+use super::{exec, paths};
 use crate::error::{At, Code, Result};
+
+/// Name of a file whose bytes are not all there yet.
+pub const UNFINISHED: &str = ".zd-unfinished";
 
 /// Who owns a file: a user of this host (its group has the same name), or root.
 pub fn ids(owner: Option<&str>) -> Result<(u32, u32)> {
@@ -18,6 +24,18 @@ pub fn ids(owner: Option<&str>) -> Result<(u32, u32)> {
         (Some(uid), Some(gid)) => Ok((uid, gid)),
         _ => Err(Code::Io.err(format!("/etc/passwd has no user {owner}"))),
     }
+}
+
+/// Name of the user with this number; None is root.
+pub fn user(uid: u32) -> Result<Option<String>> {
+    if uid == 0 {
+        return Ok(None);
+    }
+    let passwd = fs::read_to_string("/etc/passwd").at("/etc/passwd")?;
+    let fields = passwd.lines().map(|l| l.split(':').collect::<Vec<_>>());
+    let mut named = fields.filter(|f| f.get(2).and_then(|id| id.parse().ok()) == Some(uid));
+    let unknown = || Code::Io.err(format!("/etc/passwd has no user with number {uid}"));
+    named.next().and_then(|f| f.first().map(|name| Some((*name).to_owned()))).ok_or_else(unknown)
 }
 
 pub fn sync_dir(dir: &Path) -> Result<()> {
@@ -37,6 +55,29 @@ pub fn write_owned(path: &Path, bytes: &[u8], mode: u32, (uid, gid): (u32, u32))
     let mut temp = temp_beside(path)?;
     temp.write_all(bytes).at(path)?;
     keep(temp, path, mode, (uid, gid))
+}
+
+/// As [`write`], for a name that came from outside: it is looked up beneath the handle of a folder of zd's own and
+/// can lead nowhere else, whatever links lie there.
+pub fn write_beneath(path: &Path, bytes: &[u8], mode: u32, owner: Option<&str>) -> Result<()> {
+    let (uid, gid) = ids(owner)?;
+    let own = [paths::ETC, paths::VAR, paths::LOG].into_iter().find(|own| path.starts_with(own));
+    let own = own.ok_or_else(|| Code::Bug.err(format!("{} is no place of zd's", path.display())))?;
+    let dir = Dir::open_ambient_dir(own, cap_std::ambient_authority()).at(own)?;
+    let beneath = path.strip_prefix(own).unwrap_or(path);
+    let folder = beneath.parent().filter(|p| *p != Path::new(""));
+    let dir = dir.open_dir(folder.unwrap_or(Path::new("."))).at(path)?;
+    let name = beneath.file_name().unwrap_or_default();
+    let _ = dir.remove_file(UNFINISHED);
+    let mut options = OpenOptions::new();
+    let mut file = dir.open_with(UNFINISHED, options.write(true).create_new(true).mode(0o600)).at(path)?;
+    file.write_all(bytes).at(path)?;
+    let file = file.into_std();
+    fchown(&file, Some(uid), Some(gid)).at(path)?;
+    file.set_permissions(Permissions::from_mode(mode)).at(path)?;
+    file.sync_all().at(path)?;
+    dir.rename(UNFINISHED, &dir, name).at(path)?;
+    sync_dir(parent(path))
 }
 
 /// A temporary file in the folder of `path`, mode 0600 until it is kept.
@@ -81,6 +122,7 @@ pub fn looks_like(path: &Path, mode: u32, (uid, gid): (u32, u32)) -> bool {
     fs::symlink_metadata(path).is_ok_and(|m| m.mode() & 0o7777 == mode && m.uid() == uid && m.gid() == gid)
 }
 
+/// Makes a folder; one that is there gets mode and owner.
 pub fn make_dir(path: &Path, mode: u32, owner: Option<&str>) -> Result<()> {
     if !path.is_dir() {
         fs::create_dir(path).at(path)?;
@@ -99,6 +141,17 @@ pub fn remove_file(path: &Path) -> Result<()> {
 /// Removes a folder and all below it; gone is good. Symlinks below are removed, not followed.
 pub fn remove_tree(path: &Path) -> Result<()> {
     gone_is_good(fs::remove_dir_all(path), path)
+}
+
+/// Copies a folder with owners, modes and times, so that `to` is whole or not there.
+pub async fn copy_tree(from: &Path, to: &Path) -> Result<()> {
+    let partial = to.with_extension("zd-partial");
+    remove_tree(&partial)?;
+    let (source, target) = (from.to_string_lossy(), partial.to_string_lossy());
+    exec::run(&["cp", "-a", "--reflink=auto", "--", source.as_ref(), target.as_ref()]).await?;
+    exec::run(&["sync", "-f", target.as_ref()]).await?;
+    fs::rename(&partial, to).at(to)?;
+    sync_dir(parent(to))
 }
 
 /// Removes a folder if it is empty; a folder with something in it stays.

@@ -7,6 +7,7 @@ pub mod docker;
 pub mod exec;
 pub mod firewall;
 pub mod fs;
+pub mod generation;
 pub mod http;
 pub mod lock;
 pub mod nginx;
@@ -17,12 +18,20 @@ pub mod registry;
 #[cfg(test)]
 mod replay;
 pub mod secrets;
+pub mod signing;
 pub mod systemd;
+pub mod unix_diag;
 
+use std::io::Read;
 use std::time::{Duration, Instant};
 
+use self::config::Installed;
+use crate::backup::Backup;
 use crate::bundle::Bundle;
-use crate::error::Result;
+use crate::bundle::lock::{Image, MAX_LOCK};
+use crate::error::{At, Code, Result};
+use crate::ids::Digest;
+use crate::service::watch::Watch;
 use crate::ui::Ui;
 
 /// What carrying out a step needs besides the step itself.
@@ -30,6 +39,53 @@ pub struct Host<'a> {
     pub ui: &'a Ui,
     /// Present while a bundle is being applied.
     pub bundle: Option<&'a Bundle>,
+    /// Present while a backup is being put back.
+    pub backup: Option<&'a Backup>,
+    /// Sees what clients see while a plan is applied to services at work.
+    pub watch: Option<&'a Watch>,
+    /// As it will be, where that is written down only at the end of the plan.
+    pub coming: Option<&'a Installed>,
+}
+
+impl<'a> Host<'a> {
+    pub fn new(ui: &'a Ui) -> Self {
+        Self { ui, bundle: None, backup: None, watch: None, coming: None }
+    }
+
+    /// An image that is carried, by `name:version`, or by `name@digest` where another has that version.
+    pub fn image(&self, named: &str) -> Option<&'a Image> {
+        let images = self.bundle.iter().flat_map(|b| &b.lock.images);
+        let saved = self.backup.iter().flat_map(|b| &b.index.images);
+        let mut by_version = images.chain(saved.clone()).filter(|i| i.reference.to_string() == named);
+        let by_digest = || saved.clone().find(|i| format!("{}@{}", i.reference.name, i.manifest) == named);
+        by_version.next().or_else(by_digest)
+    }
+
+    /// The bytes of a blob that is carried, and how many they are.
+    pub fn blob(&self, digest: &Digest) -> Result<(Box<dyn Read + Send>, u64)> {
+        if let Some(backup) = self.backup
+            && let Some((from, size)) = backup.blob(digest)?
+        {
+            return Ok((Box::new(from), size));
+        }
+        match self.bundle {
+            Some(bundle) => Ok((Box::new(bundle.blob(digest)?), bundle.lock.size_of(digest))),
+            None => Err(Code::Bundle
+                .err(format!("blob {digest} is not in the backup, for the installed bundle has it"))
+                .cure("zd install with the bundle that is installed, from its stick; then the same command again")),
+        }
+    }
+
+    /// A small blob, whole and checked.
+    pub fn small_blob(&self, digest: &Digest) -> Result<Vec<u8>> {
+        let (mut from, size) = self.blob(digest)?;
+        let mut bytes = Vec::new();
+        from.by_ref().take(size.min(MAX_LOCK)).read_to_end(&mut bytes).at(digest.as_str())?;
+        match Digest::of(&bytes) == *digest {
+            true => Ok(bytes),
+            false => Err(Code::Bundle.err(format!("blob {digest} does not have the bytes its name says"))),
+        }
+    }
 }
 
 /// Asks every so often until it goes well; after `limit` the last error stands.

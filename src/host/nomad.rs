@@ -8,9 +8,11 @@ use serde_json::{Value, json};
 
 use super::api::Api;
 use super::secrets::{self, Token};
-use super::{exec, fs, paths, until};
+use super::{exec, fs, paths, systemd, until};
 use crate::error::{Code, OrCode, Result};
 
+const UNIT: &str = "nomad.service";
+const SNAPSHOT: &str = "/v1/operator/snapshot";
 const READY: Duration = Duration::from_secs(90);
 const EVERY: Duration = Duration::from_millis(200);
 /// What zd calls its tokens; the first one has a name of Nomad's own.
@@ -26,7 +28,7 @@ pub async fn version() -> Result<String> {
 }
 
 async fn version_of(api: &Api) -> Result<String> {
-    let bad = |what: String| Code::Stack.err(what).cure("journalctl -u nomad");
+    let bad = |what: String| Code::Stack.err(what).cure("zd logs nomad");
     // A Nomad without a leader answers this with a 500.
     let nodes = api.get("/v1/nodes").await?;
     let node = &nodes[0];
@@ -45,15 +47,40 @@ async fn version_of(api: &Api) -> Result<String> {
     Ok(node["Version"].as_str().unwrap_or("?").to_owned())
 }
 
+/// All of its state, as `nomad operator snapshot save` would save it.
+pub async fn snapshot() -> Result<Vec<u8>> {
+    connect()?.download(SNAPSHOT).await
+}
+
+/// It has a leader and knows the token in our file.
+pub async fn knows_token() -> bool {
+    let Ok(api) = connect() else { return false };
+    api.knows_token().await
+}
+
+/// Puts a snapshot back. A Nomad that has just begun is entered by a first token, which the snapshot forgets.
+pub async fn restore(snapshot: &[u8]) -> Result<()> {
+    let enter = async || bootstrap(&Api::nomad(None)?, reset).await;
+    let first = systemd::until_serving(UNIT, READY, EVERY, enter).await?;
+    Api::nomad(Some(first))?.upload(SNAPSHOT, snapshot).await?;
+    let unknown = || Code::Stack.err("Nomad does not know the token of the backup").cure("zd logs nomad");
+    until(READY, EVERY, async || knows_token().await.then_some(()).ok_or_else(unknown)).await
+}
+
+fn reset(index: &str) -> Result<()> {
+    let file = Path::new(paths::NOMAD_DATA).join("server/acl-bootstrap-reset");
+    fs::write(&file, index.as_bytes(), 0o600, None)
+}
+
 /// Waits for the leader, takes the ACL's first token, waits for the node and its docker driver.
 pub async fn set_up() -> Result<()> {
-    let reset_file = Path::new(paths::NOMAD_DATA).join("server/acl-bootstrap-reset");
-    let reset = |index: &str| fs::write(&reset_file, index.as_bytes(), 0o600, None);
     if secrets::token(Token::NomadManagement).is_err() {
-        let secret = until(READY, EVERY, async || bootstrap(&Api::nomad(None)?, reset).await).await?;
+        let secret =
+            systemd::until_serving(UNIT, READY, EVERY, async || bootstrap(&Api::nomad(None)?, reset).await)
+                .await?;
         secrets::keep(Token::NomadManagement, &secret)?;
     }
-    until(READY, EVERY, async || version().await.map(drop)).await
+    systemd::until_serving(UNIT, READY, EVERY, async || version().await.map(drop)).await
 }
 
 /// Nomad names the first token itself. A run that was killed between its answer and our file has lost it:
@@ -184,20 +211,24 @@ pub async fn keeps_ending(api: &Api, id: &str) -> bool {
     restarts.max() >= Some(RESTARTS)
 }
 
-/// What the job's allocations went through and last wrote, for people.
-pub async fn explain(api: &Api, id: &str) -> String {
-    let allocations = match allocations(api, id).await {
-        Ok(allocations) => allocations,
-        Err(e) => return format!("\n  {}", e.what),
-    };
-    let mut out = String::new();
-    for allocation in &allocations {
-        for (task, state) in tasks(allocation) {
+/// Why a job does not run as it should, for people.
+#[derive(Debug, Default, PartialEq)]
+pub struct Reason {
+    pub lines: Vec<String>,
+    /// Where it is known what to do.
+    pub cure: Option<&'static str>,
+}
+
+/// What keeps Nomad from placing the job, and what its allocations went through and last wrote.
+pub async fn explain(api: &Api, id: &str) -> Result<Reason> {
+    let mut reason = unplaced(api, id).await?;
+    for allocation in allocations(api, id).await? {
+        for (task, state) in tasks(&allocation) {
             let events = state["Events"].as_array().into_iter().flatten();
             let events: Vec<&str> = events.filter_map(|e| e["DisplayMessage"].as_str()).collect();
             let last = &events[events.len().saturating_sub(3)..];
             let name = allocation["Name"].as_str().unwrap_or("?");
-            out.push_str(&format!("\n  {name}: {}", last.join("; ")));
+            reason.lines.push(format!("{name}: {}", last.join("; ")));
             let alloc = allocation["ID"].as_str().unwrap_or_default();
             for kind in ["stdout", "stderr"] {
                 let path = format!(
@@ -207,12 +238,61 @@ pub async fn explain(api: &Api, id: &str) -> String {
                     && reply.status.is_success()
                     && !reply.body.trim().is_empty()
                 {
-                    out.push_str(&format!("\n  its last lines: {}", exec::last_lines(&reply.body, 5)));
+                    reason.lines.push(format!("its last lines: {}", exec::last_lines(&reply.body, 5)));
                 }
             }
         }
     }
-    out
+    Ok(reason)
+}
+
+/// What keeps the scheduler from placing groups of a job; empty where all are placed. An evaluation that could
+/// not place all ends, and leaves a blocked one that waits for room.
+async fn unplaced(api: &Api, id: &str) -> Result<Reason> {
+    let evaluations = api.get(&format!("/v1/job/{id}/evaluations")).await?;
+    let blocked = evaluations.as_array().into_iter().flatten().find(|e| e["Status"] == "blocked");
+    let groups = blocked.and_then(|e| e["FailedTGAllocs"].as_object());
+    let mut reason = Reason::default();
+    for (group, metric) in groups.into_iter().flatten() {
+        let (why, cure) = obstacle(metric);
+        reason.lines.push(format!("Nomad cannot place group {group} of {id}: {why}"));
+        reason.cure = Some(cure);
+    }
+    reason.lines.sort();
+    Ok(reason)
+}
+
+/// What of a node was not enough, or not as the job wants it (AllocationMetric of Nomad's API); and the cure.
+fn obstacle(metric: &Value) -> (String, &'static str) {
+    let first = |key: &str| metric[key].as_object().and_then(|found| found.iter().next());
+    let on = |nodes: &Value| match nodes.as_u64() {
+        Some(1) => "on 1 node".to_owned(),
+        nodes => format!("on {} nodes", nodes.unwrap_or(0)),
+    };
+    if let Some((what, nodes)) = first("DimensionExhausted") {
+        let cure = match what.as_str() {
+            "memory" => {
+                "zd scale to fewer containers, a smaller memory-mb in the manifest (Nomad counts 256 where there is \
+                 none), or more memory for this host"
+            }
+            "cpu" => "zd scale to fewer containers, or more processors for this host",
+            "disk" => "make room where /var/lib/zd/nomad is: df -h",
+            _ => "zd logs nomad",
+        };
+        return (format!("{what} exhausted {}", on(nodes)), cure);
+    }
+    if let Some((what, nodes)) = first("ConstraintFiltered") {
+        let cure = match what.as_str() {
+            "missing drivers" => {
+                "systemctl restart docker, then zd status: Nomad's docker driver has to be healthy"
+            }
+            _ => "zd logs nomad",
+        };
+        return (format!("{what} {}", on(nodes)), cure);
+    }
+    let cure =
+        "zd status says what Nomad's node is; one that was drained: nomad node eligibility -enable -self";
+    ("no node is ready and eligible".into(), cure)
 }
 
 #[cfg(test)]
@@ -291,7 +371,8 @@ mod tests {
         assert!(e.what.starts_with("Nomad does not answer: "), "{}", e.what);
         assert!(e.cure.unwrap().starts_with("systemctl start nomad, "));
         assert!(!keeps_ending(&api, "hello-green").await);
-        assert!(explain(&api, "hello-green").await.starts_with("\n  Nomad does not answer: "));
+        let e = explain(&api, "hello-green").await.unwrap_err();
+        assert!(e.what.starts_with("Nomad does not answer: "), "{}", e.what);
     }
 
     #[tokio::test]
@@ -351,16 +432,64 @@ mod tests {
 
     #[tokio::test]
     async fn events_and_last_lines_explain() {
-        let (_replay, api) = replay(&["nomad-allocations-dying", "nomad-logs"]).await;
-        let lines: Vec<_> = explain(&api, "hello-green").await.lines().map(str::to_owned).collect();
-        assert_eq!(
-            lines,
-            [
-                "",
-                "  hello-green.1[0]: Task started by client; Exit Code: 1; Task restarting in 1.186100897s",
-                "  its last lines: starting | starting | starting | starting",
-                "  its last lines: no database | no database | no database | no database",
-            ]
-        );
+        let recordings = ["nomad-evaluations-placed", "nomad-allocations-dying", "nomad-logs"];
+        let (_replay, api) = replay(&recordings).await;
+        let lines = [
+            "hello-green.1[0]: Task started by client; Exit Code: 1; Task restarting in 1.186100897s",
+            "its last lines: starting | starting | starting | starting",
+            "its last lines: no database | no database | no database | no database",
+        ];
+        let lines = lines.map(str::to_owned).into();
+        assert_eq!(explain(&api, "hello-green").await.unwrap(), Reason { lines, cure: None });
+    }
+
+    #[tokio::test]
+    async fn what_keeps_a_job_from_being_placed() {
+        for (recording, groups, why, cure) in [
+            ("memory", &[2][..], "memory exhausted on 1 node", "memory-mb"),
+            ("driver", &[1, 2], "missing drivers on 1 node", "docker"),
+            // Evaluations of the jobs before, which were purged, are in the same answer.
+            ("ineligible", &[1, 2], "no node is ready and eligible", "eligibility"),
+        ] {
+            let (_replay, api) = replay(&[&format!("nomad-evaluations-{recording}")]).await;
+            let reason = unplaced(&api, "hello-green").await.unwrap();
+            let line = |group| format!("Nomad cannot place group {group} of hello-green: {why}");
+            let expected: Vec<String> = groups.iter().map(line).collect();
+            assert_eq!(reason.lines, expected);
+            assert!(reason.cure.unwrap().contains(cure), "{reason:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_snapshot_is_what_brings_the_token_back() {
+        let (replay, api) = replay(&["nomad-snapshot", "nomad-bootstrap", "nomad-snapshot-restore"]).await;
+        let snapshot = api.download(SNAPSHOT).await.unwrap();
+        assert_eq!(snapshot[..2], [0x1f, 0x8b], "gzip");
+        // A Nomad that has just begun is entered by a first token, which the snapshot forgets.
+        let reset = |index: &str| panic!("reset to {index}");
+        let first = bootstrap(&replay.api(NOMAD, None), reset).await.unwrap();
+        assert!(!api.knows_token().await);
+        assert_eq!(snapshot, replay.next_bytes());
+        api.with(&first).upload(SNAPSHOT, &snapshot).await.unwrap();
+        assert!(api.knows_token().await);
+        assert!(!api.with(&first).knows_token().await);
+    }
+
+    #[tokio::test]
+    async fn snapshots_that_cannot_be_had_or_put_back() {
+        let recordings = ["nomad-snapshot-no-leader", "nomad-snapshot-denied", "nomad-snapshot-damaged"];
+        let (replay, api) = replay(&recordings).await;
+        for (api, said) in [
+            (&api, "500 Internal Server Error: No cluster leader"),
+            // Elsewhere Nomad says 403 of the same.
+            (&api.with(UNKNOWN), "400 Bad Request: ACL token not found"),
+        ] {
+            let e = api.download(SNAPSHOT).await.unwrap_err();
+            let what = format!("Nomad answers {SNAPSHOT} with {said}");
+            assert_eq!((e.code, e.what), (Code::Stack, what));
+        }
+        let first = api.with("00000000-0000-4000-8000-000000000007");
+        let e = first.upload(SNAPSHOT, &replay.next_bytes()).await.unwrap_err();
+        assert!(e.what.contains("500 Internal Server Error: failed to restore from snapshot"), "{}", e.what);
     }
 }

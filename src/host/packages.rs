@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::{exec, fs};
 use crate::bundle::sources::apt::simulated;
 use crate::error::{At, Code, Result};
+use crate::plan::Moved;
 
 /// apt's lists and cache while zd installs: gone with the next boot.
 const SCRATCH: &str = "/run/zd/apt";
@@ -39,7 +40,13 @@ pub async fn is_installed(name: &str) -> Result<bool> {
 
 /// Installed version of the first of these, which the others belong to.
 pub async fn version(names: &[String]) -> Result<Option<String>> {
-    let Some(name) = names.first() else { return Ok(None) };
+    match names.first() {
+        Some(name) => version_of(name).await,
+        None => Ok(None),
+    }
+}
+
+pub async fn version_of(name: &str) -> Result<Option<String>> {
     let out = exec::try_run(&["dpkg-query", "-W", "-f", "${Version}", name]).await?;
     Ok((out.ok && !out.stdout.is_empty()).then_some(out.stdout))
 }
@@ -93,12 +100,55 @@ pub async fn simulate(repository: &Path, wanted: &[String]) -> Result<Change> {
 }
 
 pub async fn install(repository: &Path, wanted: &[String]) -> Result<()> {
+    change(repository, &[], wanted).await
+}
+
+/// Brings packages to other versions, up or down. Nothing is restarted: when each process changes its program
+/// is for the plan to say.
+pub async fn upgrade(repository: &Path, packages: &[Moved]) -> Result<()> {
+    let _quiet = NoRestarts::begin()?;
+    let wanted: Vec<String> = packages.iter().map(|p| format!("{}={}", p.name, p.to)).collect();
+    change(repository, &["--allow-downgrades"], &wanted).await
+}
+
+async fn change(repository: &Path, options: &[&str], wanted: &[String]) -> Result<()> {
     // Half-configured packages of an interrupted run first.
     exec::run(&["dpkg", "--configure", "-a", "--force-confold"]).await?;
     exec::run(&apt(repository, &["update", "-qq"])?).await?;
     let mut args = vec!["install", "-y", "-qq", "--no-remove"];
+    args.extend(options);
     args.extend(wanted.iter().map(String::as_str));
     exec::run(&apt(repository, &args)?).await.map(drop)
+}
+
+/// Debian's way of forbidding packages' scripts to restart anything (invoke-rc.d(8), policy-rc.d). A policy of
+/// the site's own stays what it is.
+struct NoRestarts(Option<PathBuf>);
+
+const POLICY: &str = "/usr/sbin/policy-rc.d";
+const POLICY_MARK: &str = "# zd: while it changes packages";
+
+impl NoRestarts {
+    fn begin() -> Result<Self> {
+        let path = PathBuf::from(POLICY);
+        let ours = |found: Vec<u8>| String::from_utf8_lossy(&found).contains(POLICY_MARK);
+        if fs::read_if_any(&path)?.is_some_and(|found| !ours(found)) {
+            return Ok(Self(None));
+        }
+        // Left behind by a killed zd, it forbids nothing.
+        let pid = std::process::id();
+        let text = format!("#!/bin/sh\n{POLICY_MARK}\n[ -d /proc/{pid} ] && exit 101\nexit 0\n");
+        fs::write(&path, text.as_bytes(), 0o755, None)?;
+        Ok(Self(Some(path)))
+    }
+}
+
+impl Drop for NoRestarts {
+    fn drop(&mut self) {
+        if let Some(path) = &self.0 {
+            let _ = fs::remove_file(path);
+        }
+    }
 }
 
 /// Purges what zd installed. What something else needs by now is left, and named.

@@ -4,6 +4,8 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD as BASE64;
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufStream};
 use tokio::net::{TcpListener, TcpStream};
@@ -33,7 +35,7 @@ struct State {
 
 struct Exchange {
     request: Request,
-    answer: String,
+    answer: Vec<u8>,
 }
 
 /// What of a request has to be as it was recorded.
@@ -43,6 +45,7 @@ struct Request {
     line: String,
     /// Header that carries a token.
     token: Option<(String, String)>,
+    /// JSON; other bytes as a string, in base64.
     body: Option<Value>,
 }
 
@@ -65,6 +68,11 @@ impl Replay {
     pub fn next_body(&self) -> Value {
         self.state.lock().unwrap().expected[0].request.body.clone().unwrap()
     }
+
+    /// The same where it is no JSON.
+    pub fn next_bytes(&self) -> Vec<u8> {
+        BASE64.decode(self.next_body().as_str().unwrap()).unwrap()
+    }
 }
 
 impl Drop for Replay {
@@ -79,19 +87,27 @@ impl Drop for Replay {
 }
 
 impl Request {
-    fn parse(head: &str, body: &str) -> Self {
+    fn parse(head: &str, body: &[u8]) -> Self {
         let (line, headers) = head.split_once('\n').unwrap_or((head, ""));
         let token = headers
             .lines()
             .filter_map(|header| header.trim().split_once(": "))
             .map(|(name, value)| (name.to_lowercase(), value.to_owned()))
             .find(|(name, _)| name.ends_with("-token"));
-        let body = body.trim();
+        let json = |body| serde_json::from_slice(body).unwrap_or_else(|_| BASE64.encode(body).into());
         Self {
             line: line.trim().trim_end_matches(" HTTP/1.1").to_owned(),
             token,
-            body: (!body.is_empty()).then(|| serde_json::from_str(body).unwrap()),
+            body: (!body.is_empty()).then(|| json(body)),
         }
+    }
+}
+
+/// A body as it was: what is no text stands in base64 there.
+fn body(text: &str) -> Vec<u8> {
+    match text.strip_prefix("base64:") {
+        Some(encoded) => BASE64.decode(encoded.split_whitespace().collect::<String>()).unwrap(),
+        None => text.into(),
     }
 }
 
@@ -101,17 +117,17 @@ fn read(name: &str) -> Vec<Exchange> {
     let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{path}: {e}"));
     let exchange = |text: &str| {
         let (asked, answered) = text.split_once("\n===== response after ").unwrap();
-        let (head, body) = asked.split_once("\n\n").unwrap();
-        let request = Request::parse(head, body);
-        let (head, body) = answered.split_once("\n\n").unwrap();
+        let (head, sent) = asked.split_once("\n\n").unwrap();
+        let request = Request::parse(head, &body(sent.trim()));
+        let (head, given) = answered.split_once("\n\n").unwrap();
         // A newline at the end is the recording's own.
-        let body = body.strip_suffix('\n').unwrap();
+        let given = body(given.strip_suffix('\n').unwrap());
         let of_body = |header: &&str| header.starts_with("Content-Length") || header.starts_with("Transfer-");
         let head: Vec<&str> = head.lines().skip(1).filter(|header| !of_body(header)).collect();
         let head = head.join("\r\n");
-        let length = body.len();
-        let answer = format!("{head}\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n{body}");
-        Exchange { request, answer }
+        let length = given.len();
+        let head = format!("{head}\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n");
+        Exchange { request, answer: [head.into_bytes(), given].concat() }
     };
     text.split("===== next request\n").map(exchange).collect()
 }
@@ -122,12 +138,12 @@ async fn serve(listener: TcpListener, state: Arc<Mutex<State>>) {
         let mut stream = BufStream::new(stream);
         let request = receive(&mut stream).await;
         let answer = answer(&mut state.lock().unwrap(), request);
-        stream.write_all(answer.as_bytes()).await.unwrap();
+        stream.write_all(&answer).await.unwrap();
         stream.shutdown().await.unwrap();
     }
 }
 
-fn answer(state: &mut State, request: Request) -> String {
+fn answer(state: &mut State, request: Request) -> Vec<u8> {
     if state.expected.front().is_some_and(|next| next.request == request) {
         return state.expected.pop_front().unwrap().answer;
     }
@@ -135,7 +151,7 @@ fn answer(state: &mut State, request: Request) -> String {
     let surprise = format!("asked {request:?}, expected {expected:?}");
     let length = surprise.len();
     let head = format!("HTTP/1.1 501 Not Implemented\r\nContent-Length: {length}\r\nConnection: close");
-    let answer = format!("{head}\r\n\r\n{surprise}");
+    let answer = format!("{head}\r\n\r\n{surprise}").into_bytes();
     state.surprises.push(surprise);
     answer
 }
@@ -148,5 +164,5 @@ async fn receive(stream: &mut BufStream<TcpStream>) -> Request {
     let length = head.lines().find_map(|header| header.strip_prefix("content-length: "));
     let mut body = vec![0; length.map_or(0, |length| length.parse().unwrap())];
     stream.read_exact(&mut body).await.unwrap();
-    Request::parse(&head, std::str::from_utf8(&body).unwrap())
+    Request::parse(&head, &body)
 }

@@ -1,7 +1,7 @@
-//! Secrets made on the host: the private CA, the registry's certificate and its password. All 0600;
+//! Secrets made on the host: the private CA, the registry's certificate and its password, and more. All 0600;
 //! never in arguments, units, logs or receipts.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 
 use base64::Engine;
@@ -13,16 +13,19 @@ use rcgen::{
 };
 use serde::{Deserialize, Serialize};
 use serde_json::json;
+use x509_parser::certificate::X509Certificate;
+use x509_parser::extensions::GeneralName;
 use x509_parser::pem::parse_x509_pem;
 use x509_parser::time::ASN1Time;
 
-use super::{fs, paths};
+use super::{fs, paths, signing};
 use crate::error::{At, Code, OrCode, Result};
 
 /// Name of the part of a configuration that only its user may read.
 const PRIVATE: &str = "private.json";
-const LOCALHOST: IpAddr = IpAddr::V4(std::net::Ipv4Addr::LOCALHOST);
-/// The account that pushes and pulls.
+const LOCALHOST: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
+const NOWHERE: IpAddr = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
+/// The account that pulls. Nobody pushes with an account, see [`super::registry`].
 pub const REGISTRY_ACCOUNT: &str = "zd";
 /// Cost 5: the password is 256 random bits, and the registry hashes it at every request.
 const BCRYPT_COST: u32 = 5;
@@ -53,6 +56,8 @@ pub enum Secret {
     },
     NomadPrivate,
     ConsulTemplatePrivate,
+    /// What this host signs its log and reports with.
+    SigningKey,
 }
 
 /// Tokens of the ACLs, each in a file of its own.
@@ -118,12 +123,30 @@ impl Secret {
             Secret::ConsulPrivate { .. } => vec![Path::new(paths::CONSUL_ETC).join(PRIVATE)],
             Secret::NomadPrivate => vec![Path::new(paths::NOMAD_ETC).join(PRIVATE)],
             Secret::ConsulTemplatePrivate => vec![Path::new(paths::CONSUL_TEMPLATE_ETC).join(PRIVATE)],
+            Secret::SigningKey => vec![paths::SIGNING_KEY.into(), paths::SIGNING_PUB.into()],
         }
     }
 
     /// Certificates that zd has made, where they are needed.
     pub fn certificates() -> [PathBuf; 3] {
         [paths::CA.into(), Path::new(paths::REGISTRY_ETC).join("tls.crt"), paths::NOMAD_CERT.into()]
+    }
+
+    /// What is there of it. One that names an address may be there for another, or spoilt: then for none.
+    pub fn found(&self) -> Option<Self> {
+        let path = &self.files()[0];
+        path.exists().then(|| match self {
+            Secret::RegistryCertificate { .. } => {
+                Secret::RegistryCertificate { ip: certified(path).unwrap_or(NOWHERE) }
+            }
+            Secret::DockerAuth { .. } => {
+                let auths = std::fs::read(path).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
+                let auths: serde_json::Value = auths.unwrap_or_default();
+                let registry = auths["auths"].as_object().and_then(|all| all.keys().next());
+                Secret::DockerAuth { registry: registry.cloned().unwrap_or_default() }
+            }
+            other => other.clone(),
+        })
     }
 
     pub fn make(&self) -> Result<()> {
@@ -181,6 +204,7 @@ impl Secret {
                 let config = json!({ "consul": { "token": self::token(Token::ConsulTemplate)? } });
                 private(&files[0], &config, Some(paths::CONSUL_TEMPLATE_USER))
             }
+            Secret::SigningKey => signing::make(),
             Secret::Htpasswd => {
                 let hash = bcrypt::hash_with_result(registry_password()?, BCRYPT_COST)
                     .or_code(Code::Bug, "hashing the registry's password")?
@@ -201,8 +225,29 @@ pub fn registry_password() -> Result<String> {
     std::fs::read_to_string(paths::REGISTRY_PASSWORD).at(paths::REGISTRY_PASSWORD)
 }
 
-/// From when until when a certificate holds (PEM, RFC 5280 section 4.1.2.5).
+/// From when until when a certificate holds (RFC 5280 section 4.1.2.5).
 pub fn validity(path: &Path) -> Result<(Timestamp, Timestamp)> {
+    let validity = certificate_at(path, |certificate| certificate.validity().clone())?;
+    let at = |time: ASN1Time| Timestamp::from_second(time.timestamp()).or_code(Code::Io, path.display());
+    Ok((at(validity.not_before)?, at(validity.not_after)?))
+}
+
+/// The address beside loopback that a certificate is for (RFC 5280 section 4.2.1.6).
+fn certified(path: &Path) -> Result<IpAddr> {
+    let ips = certificate_at(path, |certificate| {
+        let names = certificate.subject_alternative_name().ok().flatten();
+        let names = names.map_or(Vec::new(), |names| names.value.general_names.clone());
+        let ip = |name| match name {
+            GeneralName::IPAddress(bytes) => <[u8; 4]>::try_from(bytes).ok().map(IpAddr::from),
+            _ => None,
+        };
+        names.into_iter().filter_map(ip).collect::<Vec<_>>()
+    })?;
+    Ok(ips.into_iter().find(|ip| !ip.is_loopback()).unwrap_or(NOWHERE))
+}
+
+/// A certificate's file (PEM).
+fn certificate_at<T>(path: &Path, read: impl FnOnce(&X509Certificate) -> T) -> Result<T> {
     let bytes = std::fs::read(path).at(path)?;
     let bad = |e: String| {
         Code::Io
@@ -210,9 +255,7 @@ pub fn validity(path: &Path) -> Result<(Timestamp, Timestamp)> {
             .cure("put the file back from a backup")
     };
     let (_, pem) = parse_x509_pem(&bytes).map_err(|e| bad(e.to_string()))?;
-    let validity = pem.parse_x509().map_err(|e| bad(e.to_string()))?.validity.clone();
-    let at = |time: ASN1Time| Timestamp::from_second(time.timestamp()).or_code(Code::Io, path.display());
-    Ok((at(validity.not_before)?, at(validity.not_after)?))
+    pem.parse_x509().map(|certificate| read(&certificate)).map_err(|e| bad(e.to_string()))
 }
 
 /// Bytes from the kernel.
@@ -269,4 +312,23 @@ fn ca_params() -> CertificateParams {
     params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
     params
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_address_that_a_certificate_is_for() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        assert!(certified(file.path()).unwrap_err().what.contains("is no certificate"));
+        let ip = IpAddr::from([10, 4, 0, 17]);
+        for (names, expected) in [(vec![LOCALHOST, ip], ip), (vec![LOCALHOST], NOWHERE), (vec![], NOWHERE)] {
+            let mut params = params("zd registry");
+            params.subject_alt_names = names.into_iter().map(SanType::IpAddress).collect();
+            let certificate = params.self_signed(&KeyPair::generate().unwrap()).unwrap();
+            std::fs::write(file.path(), certificate.pem()).unwrap();
+            assert_eq!(certified(file.path()).unwrap(), expected);
+        }
+    }
 }

@@ -1,9 +1,17 @@
 //! systemd through systemctl(1).
 
+use std::path::Path;
 use std::time::Duration;
 
-use super::exec;
-use crate::error::{Code, Result};
+use super::{exec, fs, until};
+use crate::error::{Code, Error, Result};
+
+/// A unit that systemd has started so often again will not do better by waiting.
+const RESTARTS: u32 = 3;
+
+/// Option of journalctl(1): the host's journal, and the one that zd's units have for themselves.
+pub const JOURNALS: &str = "--namespace=+zd";
+const JOURNAL: &str = "systemd-journald@zd.service";
 
 async fn says(verb: &str, unit: &str) -> Result<String> {
     Ok(exec::try_run(&["systemctl", verb, unit]).await?.stdout.trim().to_owned())
@@ -28,6 +36,18 @@ pub async fn state(unit: &str) -> Result<(String, Option<Duration>)> {
     Ok((state, uptime))
 }
 
+/// How a unit ended that did not end well; systemd.exec(5), `$SERVICE_RESULT`.
+pub async fn failure(unit: &str) -> Result<Option<String>> {
+    let out = exec::try_run(&["systemctl", "show", "--property=Result", "--value", unit]).await?.stdout;
+    Ok(Some(out.trim().to_owned()).filter(|result| !result.is_empty() && result != "success"))
+}
+
+/// Its main process, while it has one.
+pub async fn main_pid(unit: &str) -> Result<Option<u32>> {
+    let out = exec::try_run(&["systemctl", "show", "--property=MainPID", "--value", unit]).await?;
+    Ok(out.stdout.trim().parse().ok().filter(|pid| *pid != 0))
+}
+
 pub async fn is_enabled(unit: &str) -> Result<bool> {
     Ok(says("is-enabled", unit).await? == "enabled")
 }
@@ -46,14 +66,40 @@ pub async fn enable(unit: &str) -> Result<()> {
 
 /// Starts and waits until systemd calls it started; on failure shows the unit's last log lines.
 pub async fn start(unit: &str) -> Result<()> {
+    // One that has failed too often is not started again before this (systemd.unit(5), StartLimitBurst).
     let _ = exec::try_run(&["systemctl", "reset-failed", unit]).await?;
     if exec::try_run(&["systemctl", "start", unit]).await?.ok {
         return Ok(());
     }
-    let log = exec::try_run(&["journalctl", "-u", unit, "-n", "8", "-o", "cat", "--no-pager"]).await?.stdout;
-    Err(Code::Command.err(format!("{unit} does not start: {}", exec::last_lines(&log, 8))).cure(format!(
-        "mend what it says, then run the same command again; `journalctl -u {unit}` shows more"
+    Err(ends(unit, "does not start").await?)
+}
+
+async fn ends(unit: &str, how: &str) -> Result<Error> {
+    let log = ["journalctl", JOURNALS, "-u", unit, "-n", "8", "-o", "cat", "--no-pager"];
+    let log = exec::try_run(&log).await?.stdout;
+    Ok(Code::Command.err(format!("{unit} {how}: {}", exec::last_lines(&log, 8))).cure(format!(
+        "mend what it says, then run the same command again; `journalctl {JOURNALS} -u {unit}` shows more"
     )))
+}
+
+/// As [`until`], of what a unit serves: ends early where the unit keeps ending.
+pub async fn until_serving<T>(
+    unit: &str,
+    limit: Duration,
+    every: Duration,
+    mut ask: impl AsyncFnMut() -> Result<T>,
+) -> Result<T> {
+    let asked = async || match ask().await {
+        Err(_) if keeps_ending(unit).await => Ok(Err(ends(unit, "keeps ending").await?)),
+        Err(e) => Err(e),
+        Ok(answer) => Ok(Ok(answer)),
+    };
+    until(limit, every, asked).await?
+}
+
+async fn keeps_ending(unit: &str) -> bool {
+    let restarts = exec::try_run(&["systemctl", "show", "--property=NRestarts", "--value", unit]).await;
+    restarts.is_ok_and(|out| out.stdout.trim().parse().is_ok_and(|n: u32| n >= RESTARTS))
 }
 
 pub async fn restart(unit: &str) -> Result<()> {
@@ -76,4 +122,16 @@ pub async fn mask(unit: &str) -> Result<()> {
 
 pub async fn unmask(unit: &str) -> Result<()> {
     exec::run(&["systemctl", "unmask", "--quiet", unit]).await.map(drop)
+}
+
+/// Ends the journal that zd's units had for themselves; with `purge`, what they wrote goes too.
+pub async fn end_journal(purge: bool) -> Result<()> {
+    stop(JOURNAL).await?;
+    let machine = fs::read_if_any(Path::new("/etc/machine-id"))?.unwrap_or_default();
+    for journals in ["/var/log/journal", "/run/log/journal"].iter().filter(|_| purge) {
+        // sd-journal(3): one folder for each machine and namespace.
+        let name = format!("{}.zd", String::from_utf8_lossy(&machine).trim());
+        fs::remove_tree(&Path::new(journals).join(name))?;
+    }
+    Ok(())
 }

@@ -73,7 +73,7 @@ impl Load {
         let schedule = Schedule::new(o);
         let wake = schedule.waker(self.start, Arc::clone(&self.live))?;
         let mut next = 0;
-        while next < schedule.requests && !self.live.stop.load(Relaxed) {
+        while next < schedule.requests && self.live.goes_on() {
             wake.notified().await;
             let now = self.now_us();
             while next < schedule.requests && schedule.due_us(next) <= now {

@@ -1,7 +1,6 @@
 //! When requests are due, and the thread that says so.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -42,7 +41,7 @@ impl Schedule {
         let theirs = Arc::clone(&wake);
         let sleep = move || {
             let mut next = 0;
-            while next < self.requests && !live.stop.load(Relaxed) {
+            while next < self.requests && live.goes_on() {
                 let due = Duration::from_micros(self.due_us(next));
                 thread::sleep(due.saturating_sub(start.elapsed()));
                 // Read before waking the load: what it does not find due then is woken for again.

@@ -13,7 +13,7 @@ pub fn plan(
     reference: &ImageRef,
     digest: &Digest,
 ) -> Result<Plan> {
-    let mut steps = slots::fill(installed, service, slot, reference, digest)?;
+    let mut steps = slots::fill(installed, service, slot, reference, digest, false)?;
     steps.extend(slots::retire(installed, service, slot));
     Ok(Plan { verb: "deploy", about: format!("{} {} to {slot}", service.name, reference.version), steps })
 }

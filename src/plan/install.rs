@@ -4,18 +4,23 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use super::{Keep, Plan, Step, slot};
+use serde_json::{Value, json};
+
+use super::{DataCopy, Keep, Plan, Restored, Step, Text, slot};
 use crate::assets;
+use crate::backup::index::Entry;
+use crate::backup::{Index, Settings};
 use crate::bundle::Lock;
-use crate::bundle::manifest::{Engine, ImageRef, Service};
+use crate::bundle::manifest::{Door, Engine, ImageRef, Service, Tcp};
 use crate::bundle::signature::Key;
 use crate::error::{Code, OrCode, Result};
-use crate::host::config::Installed;
+use crate::host::config::{HostConfig, Installed};
 use crate::host::firewall::Firewall;
 use crate::host::nginx;
 use crate::host::paths::{self, NGINX_USER, REGISTRY_USER};
 use crate::host::secrets::Secret;
 use crate::ids::{Name, Slot};
+use crate::service::pointer::Pointer;
 use crate::service::state::State;
 
 /// What an install depends on besides the lock.
@@ -30,6 +35,10 @@ pub struct Inputs<'a> {
     pub states: BTreeMap<Name, State>,
     /// Opens the services' ports in this firewall.
     pub open_firewall: Option<Firewall>,
+    /// How this host is backed up.
+    pub backup: Option<Settings>,
+    /// Where secrets, pointers and the like come from, instead of being made.
+    pub restored: Option<&'a Index>,
 }
 
 /// Carried packages whose own units must not start: ours are others.
@@ -42,33 +51,21 @@ const MASKED: [(&str, &str); 3] = [
 pub fn plan(inputs: &Inputs) -> Result<Plan> {
     let installed = inputs.installed;
     let lock = &installed.lock;
-    let mut plan = Builder { steps: Vec::new() };
-    plan.base(inputs)?;
-    if let Some(index) = &lock.apt_index {
-        let generation = paths::generation(installed.host.generation);
-        let repository = generation.join("packages");
-        plan.dir(&repository, 0o755);
-        let mut files: Vec<_> = lock.debs.iter().map(|d| (d.file.clone(), d.digest.clone())).collect();
-        files.push(("Packages".into(), index.clone()));
-        plan.push(Step::Files { path: repository.clone(), files, mode: 0o644 });
-        plan.packages(inputs, repository);
-    }
-    if !lock.files.is_empty() {
-        let path = paths::generation(installed.host.generation).join("files");
-        plan.dir(&path, 0o755);
-        let files = lock.files.iter().map(|f| (f.name.to_string(), f.digest.clone())).collect();
-        plan.push(Step::Files { path, files, mode: 0o644 });
-    }
-    plan.registry(inputs)?;
-    for image in &lock.images {
-        plan.push(Step::Push { image: image.reference.to_string() });
-    }
-    if !lock.services.is_empty() {
-        plan.push(Step::Unit { name: "docker.service".into() });
-        plan.push(Step::Network { subnet: format!("{}.0.0/16", installed.host.subnet) });
-    }
+    let restored = inputs.restored;
+    let mut plan = Builder { restored, secrets: restored, signing: restored, ..Builder::default() };
+    plan.base(inputs);
+    plan.records(None);
+    plan.file(paths::HOST_TOML, installed.host.to_toml()?);
+    plan.carried(installed);
+    plan.packages(inputs);
+    plan.registry(&installed.host)?;
+    plan.images(lock);
+    plan.saved_images(lock);
+    plan.docker(installed);
     if lock.engine == Engine::Nomad {
-        plan.stack(inputs)?;
+        plan.programs(installed);
+        plan.consul(installed)?;
+        plan.nomad(installed)?;
     }
     for service in &lock.services {
         plan.slots(inputs, service)?;
@@ -83,18 +80,26 @@ pub fn plan(inputs: &Inputs) -> Result<Plan> {
         plan.log_rotation(lock)?;
         plan.firewall(inputs)?;
     }
-    plan.push(Step::Link {
-        path: paths::CURRENT.into(),
-        target: installed.host.generation.to_string().into(),
-    });
-    Ok(Plan { verb: "install", about: lock.title(), steps: plan.steps })
+    plan.backups(inputs)?;
+    plan.current(installed);
+    let verb = if inputs.restored.is_some() { "restore" } else { "install" };
+    Ok(Plan { verb, about: lock.title(), steps: plan.steps })
 }
 
-pub(super) struct Builder {
-    steps: Vec<Step>,
+#[derive(Default)]
+pub(super) struct Builder<'a> {
+    pub(super) steps: Vec<Step>,
+    /// What is installed now, where that is something else.
+    pub(super) before: Option<&'a Lock>,
+    /// The backup that state comes from.
+    pub(super) restored: Option<&'a Index>,
+    /// The one that secrets come from, too; and the one for the key that this host signs with, which fits no other
+    /// secret and so comes by itself.
+    pub(super) secrets: Option<&'a Index>,
+    pub(super) signing: Option<&'a Index>,
 }
 
-impl Builder {
+impl Builder<'_> {
     pub(super) fn push(&mut self, step: Step) {
         self.steps.push(step);
     }
@@ -108,13 +113,13 @@ impl Builder {
     }
 
     pub(super) fn file(&mut self, path: impl Into<PathBuf>, text: impl Into<String>) {
-        self.push(Step::File { path: path.into(), text: text.into(), mode: 0o644, owner: None });
+        self.push(Step::File(text_file(path, text)));
     }
 
-    fn base(&mut self, inputs: &Inputs) -> Result<()> {
+    pub(super) fn base(&mut self, inputs: &Inputs) {
         let installed = inputs.installed;
         let generation = paths::generation(installed.host.generation);
-        for path in [paths::OPT, "/opt/zd/bin", paths::GENERATIONS] {
+        for path in [paths::OPT, "/opt/zd/bin", paths::PROGRAMS, paths::GENERATIONS] {
             self.dir(path, 0o755);
         }
         self.dir(&generation, 0o755);
@@ -122,19 +127,121 @@ impl Builder {
             self.dir(path, 0o755);
         }
         self.dir("/etc/zd/tls", 0o700);
+        self.dir(paths::SIGNING, 0o755);
+        self.push(secret_from(self.signing, Secret::SigningKey, None));
         for path in [paths::VAR, paths::LOG] {
             self.push(Step::Dir { path: path.into(), mode: 0o755, owner: None, keep: Keep::Data });
         }
         self.push(Step::Dir { path: paths::SERVICES.into(), mode: 0o755, owner: None, keep: Keep::Data });
-        self.push(Step::Tool { path: paths::TOOL.into() });
+        self.push(Step::Tool);
         self.push(Step::Link { path: paths::TOOL_LINK.into(), target: paths::TOOL.into() });
         self.file(Path::new(paths::TRUST).join("first.pub"), inputs.key.file_text());
         self.file(generation.join(paths::LOCK_FILE), inputs.lock_bytes.clone());
-        self.file(paths::HOST_TOML, installed.host.to_toml()?);
-        Ok(())
+        // Before the first unit that writes to it.
+        self.file(paths::JOURNAL_CONF, assets::JOURNAL_CONF);
+        self.unit_file("zd-settle.service", assets::SETTLE_UNIT);
+        self.push(Step::Enabled { name: "zd-settle.service".into() });
     }
 
-    fn packages(&mut self, inputs: &Inputs, repository: PathBuf) {
+    /// Packages and files that the bundle brings, in the generation's folder.
+    pub(super) fn carried(&mut self, installed: &Installed) {
+        let (lock, generation) = (&installed.lock, paths::generation(installed.host.generation));
+        if let Some(index) = &lock.apt_index {
+            let path = repository(installed);
+            self.dir(&path, 0o755);
+            let mut files: Vec<_> = lock.debs.iter().map(|d| (d.file.clone(), d.digest.clone())).collect();
+            files.push(("Packages".into(), index.clone()));
+            self.push(Step::Files { path, files, mode: 0o644 });
+        }
+        if !lock.files.is_empty() {
+            let path = generation.join("files");
+            self.dir(&path, 0o755);
+            let files = lock.files.iter().map(|f| (f.name.to_string(), f.digest.clone())).collect();
+            self.push(Step::Files { path, files, mode: 0o644 });
+        }
+    }
+
+    /// Makes this generation the installed one.
+    pub(super) fn current(&mut self, installed: &Installed) {
+        let target = installed.host.generation.to_string().into();
+        self.push(Step::Link { path: paths::CURRENT.into(), target });
+    }
+
+    /// A secret, as the backup has it or else made; `unit` reads it.
+    pub(super) fn secret(&mut self, secret: Secret, unit: &str) {
+        self.push(secret_from(self.secrets, secret, Some(unit)));
+    }
+
+    /// The audit log and the reports of a backup; of the reports only those that are `missing`, where that is known.
+    pub(super) fn records(&mut self, missing: Option<&[String]>) {
+        let Some(index) = self.restored else { return };
+        self.saved_files("trusted keys", Path::new(paths::TRUST), None);
+        self.push(Step::RestoredLog);
+        let prefix = &paths::REPORTS[1..];
+        let wanted = |e: &&Entry| missing.is_none_or(|m| m.contains(&e.path));
+        let files = index.files.iter().filter(|e| e.path.starts_with(prefix)).filter(wanted);
+        let files: Vec<Entry> = files.cloned().collect();
+        if !files.is_empty() {
+            self.push(Step::Dir { path: paths::REPORTS.into(), mode: 0o755, owner: None, keep: Keep::Data });
+            let what = format!("{} files of reports", files.len());
+            self.push(Step::Restored(Restored { what, files, unit: None }));
+        }
+    }
+
+    /// All files that a backup has in a folder; `unit` reads them.
+    pub(super) fn saved_files(&mut self, what: &str, folder: &Path, unit: Option<&str>) {
+        let Some(index) = self.restored else { return };
+        let beneath = |e: &&Entry| Path::new("/").join(&e.path).parent() == Some(folder);
+        let files: Vec<Entry> = index.files.iter().filter(beneath).cloned().collect();
+        if !files.is_empty() {
+            let unit = unit.map(str::to_owned);
+            self.push(Step::Restored(Restored { what: what.into(), files, unit }));
+        }
+    }
+
+    /// One file, if the backup has it.
+    pub(super) fn saved_file(&mut self, what: &str, path: &Path) {
+        let named = path.strip_prefix("/").unwrap_or(path).to_string_lossy();
+        if let Some(entry) = self.restored.and_then(|index| index.entry(&named)) {
+            let (what, files) = (what.into(), vec![entry.clone()]);
+            self.push(Step::Restored(Restored { what, files, unit: None }));
+        }
+    }
+
+    /// Images that slots held and no bundle brings. Where the bundle has another under the same version, by digest.
+    pub(super) fn saved_images(&mut self, lock: &Lock) {
+        let Some(index) = self.restored else { return };
+        for image in &index.images {
+            let named = match lock.image(&image.reference) {
+                None => image.reference.to_string(),
+                Some(_) => format!("{}@{}", image.reference.name, image.manifest),
+            };
+            self.push(Step::Push { image: named });
+        }
+    }
+
+    /// Timed backups. Where they were set on the host and not by its bundle, that is restored as well.
+    pub(super) fn backups(&mut self, inputs: &Inputs) -> Result<()> {
+        self.saved_file("settings of backups", Path::new(paths::BACKUP_TOML));
+        inputs.backup.as_ref().map_or(Ok(()), |settings| self.timed_backups(settings))
+    }
+
+    pub(super) fn images(&mut self, lock: &Lock) {
+        self.steps.extend(lock.images.iter().map(|image| Step::Push { image: image.reference.to_string() }));
+    }
+
+    pub(super) fn docker(&mut self, installed: &Installed) {
+        if !installed.lock.services.is_empty() {
+            self.push(Step::Unit { name: "docker.service".into() });
+            self.push(Step::Network { subnet: format!("{}.0.0/16", installed.host.subnet) });
+        }
+    }
+
+    /// Packages that are not there yet.
+    pub(super) fn packages(&mut self, inputs: &Inputs) {
+        if inputs.installed.lock.apt_index.is_none() {
+            return;
+        }
         let all = &inputs.installed.lock.packages;
         // A Docker that was here before stays what it is, whatever package it came from.
         let wanted = all.all().filter(|p| !(inputs.foreign_docker && all.docker.contains(p)));
@@ -145,26 +252,26 @@ impl Builder {
         if !inputs.foreign_docker && !inputs.installed.lock.packages.docker.is_empty() {
             self.push(Step::Dir { path: "/etc/docker".into(), mode: 0o755, owner: None, keep: Keep::Shared });
             // live-restore: containers outlive a stopped daemon. Logs are bounded.
-            let daemon = serde_json::json!({
+            let daemon = json!({
                 "live-restore": true,
                 "log-driver": "json-file",
                 "log-opts": { "max-size": "10m", "max-file": "3" },
             });
             self.file("/etc/docker/daemon.json", format!("{daemon:#}\n"));
         }
-        self.push(Step::Packages { repository, wanted });
+        self.push(Step::Packages { repository: repository(inputs.installed), wanted });
     }
 
-    fn registry(&mut self, inputs: &Inputs) -> Result<()> {
-        let host = &inputs.installed.host;
+    pub(super) fn registry(&mut self, host: &HostConfig) -> Result<()> {
         self.push(Step::User { name: REGISTRY_USER.into(), home: paths::REGISTRY_DATA.into() });
         self.push(Step::User { name: NGINX_USER.into(), home: paths::SERVICES.into() });
         self.owned_dir(paths::REGISTRY_DATA, 0o750, REGISTRY_USER, Keep::Data);
         self.owned_dir(paths::REGISTRY_ETC, 0o750, REGISTRY_USER, Keep::Ours);
-        self.push(Step::Secret(Secret::Ca));
-        self.push(Step::Secret(Secret::RegistryCertificate { ip: host.ip.into() }));
-        self.push(Step::Secret(Secret::RegistryPassword));
-        self.push(Step::Secret(Secret::Htpasswd));
+        let unit = "zd-registry.service";
+        self.secret(Secret::Ca, unit);
+        self.secret(Secret::RegistryCertificate { ip: host.ip.into() }, unit);
+        self.secret(Secret::RegistryPassword, unit);
+        self.secret(Secret::Htpasswd, unit);
         for dir in ["/etc/docker", "/etc/docker/certs.d"] {
             if dir == "/etc/docker" && self.has_dir(dir) {
                 continue;
@@ -176,27 +283,39 @@ impl Builder {
         self.push(Step::TrustCa { path: ca });
         let etc = paths::REGISTRY_ETC;
         // JSON is YAML: nothing to escape (distribution's configuration reference).
-        let config = serde_json::json!({
-            "version": 0.1,
-            "log": { "level": "warn", "accesslog": { "disabled": true } },
-            "storage": {
-                "filesystem": { "rootdirectory": paths::REGISTRY_DATA },
-                "delete": { "enabled": true },
-            },
-            "http": {
-                "addr": host.registry(),
-                "tls": { "certificate": format!("{etc}/tls.crt"), "key": format!("{etc}/tls.key") },
-            },
-            "auth": { "htpasswd": { "realm": "zd", "path": format!("{etc}/htpasswd") } },
-        });
-        self.push(Step::File {
-            path: format!("{etc}/config.json").into(),
-            text: format!("{config:#}\n"),
-            mode: 0o640,
-            owner: Some(REGISTRY_USER.into()),
-        });
-        self.unit_file("zd-registry.service", assets::REGISTRY_UNIT);
-        self.push(Step::Unit { name: "zd-registry.service".into() });
+        let config = |reads_only: bool, http: Value| {
+            json!({
+                "version": 0.1,
+                "log": { "level": "warn", "accesslog": { "disabled": true } },
+                "storage": {
+                    "filesystem": { "rootdirectory": paths::REGISTRY_DATA },
+                    // No cache of descriptors: what was just pushed is there for the one that reads.
+                    "maintenance": {
+                        "readonly": { "enabled": reads_only },
+                        "uploadpurging": { "enabled": false },
+                    },
+                },
+                "http": http,
+            })
+        };
+        let tls = json!({ "certificate": format!("{etc}/tls.crt"), "key": format!("{etc}/tls.key") });
+        let mut reading = config(true, json!({ "addr": host.registry(), "tls": tls }));
+        reading["auth"] = json!({ "htpasswd": { "realm": "zd", "path": format!("{etc}/htpasswd") } });
+        let mut pushed_to =
+            config(false, json!({ "net": "unix", "addr": paths::REGISTRY_SOCKET, "relativeurls": true }));
+        pushed_to["storage"]["delete"] = json!({ "enabled": true });
+        let mut files = Vec::new();
+        for (name, config) in [("config.json", reading), ("push.json", pushed_to)] {
+            files.push(Text {
+                path: format!("{etc}/{name}").into(),
+                text: format!("{config:#}\n"),
+                mode: 0o640,
+                owner: Some(REGISTRY_USER.into()),
+            });
+        }
+        self.unit_file("zd-registry-push.service", assets::REGISTRY_PUSH_UNIT);
+        files.push(unit_file("zd-registry.service", assets::REGISTRY_UNIT));
+        self.daemon(unit, files, None);
         self.push(Step::RegistryReady);
         Ok(())
     }
@@ -205,9 +324,8 @@ impl Builder {
         self.steps.iter().any(|s| matches!(s, Step::Dir { path, .. } if path == Path::new(dir)))
     }
 
-    /// Both slots of a service, each with what it holds by now or else what the manifest starts with.
-    fn slots(&mut self, inputs: &Inputs, service: &Service) -> Result<()> {
-        let installed = inputs.installed;
+    /// Folders of a service that the pointer can name, and what lies beside them.
+    pub(super) fn folders(&mut self, service: &Service) {
         let name = &service.name;
         let base = paths::service(name);
         self.dir(&base, 0o755);
@@ -217,8 +335,24 @@ impl Builder {
             self.marks(base.join(slot.as_str()), &[slot.as_str()]);
             self.marks(base.join(format!("hold-{slot}")), &[&held]);
             self.marks(base.join(format!("close-{slot}")), &[&held, "closing"]);
+            for port in service.tcp.iter().map(Tcp::listen) {
+                for pointer in [Pointer::Active(slot), Pointer::Held(slot), Pointer::Closing(slot)] {
+                    let path = base.join(pointer.folder()).join(format!("{port}.sock"));
+                    self.push(Step::Link { path, target: paths::socket(name, slot, &Door::Listen(port)) });
+                }
+            }
         }
-        self.push(Step::Pointer { service: name.clone(), slot: Slot::Blue });
+    }
+
+    /// Both slots of a service, each with what it holds by now or else what the manifest starts with.
+    pub(super) fn slots(&mut self, inputs: &Inputs, service: &Service) -> Result<()> {
+        let installed = inputs.installed;
+        let name = &service.name;
+        self.folders(service);
+        let saved = inputs.restored.and_then(|index| index.service(name));
+        // Beside its state the jobs as they were registered.
+        self.saved_files(&format!("state of {name}"), &paths::service(name), None);
+        self.push(Step::Pointer { service: name.clone(), slot: saved.map_or(Slot::Blue, |s| s.active) });
         let reference = ImageRef { name: service.image.clone(), version: service.version.clone() };
         let image = installed.lock.image(&reference).ok_or_else(|| {
             Code::Bundle.err(format!("service {name}: image {reference} is not in the bundle"))
@@ -230,7 +364,7 @@ impl Builder {
                 None => (service.version.clone(), image.manifest.clone()),
             };
             let reference = ImageRef { name: service.image.clone(), version };
-            self.steps.extend(slot::fill(installed, service, slot, &reference, &digest)?);
+            self.steps.extend(slot::fill(installed, service, slot, &reference, &digest, true)?);
         }
         if installed.lock.engine == Engine::Nomad {
             self.push(slot::pools_key(installed, service));
@@ -247,10 +381,10 @@ impl Builder {
     }
 
     /// nginx before the slots.
-    fn front(&mut self, installed: &Installed, service: &Service) -> Result<()> {
+    pub(super) fn front(&mut self, installed: &Installed, service: &Service) -> Result<()> {
         let name = &service.name;
         self.owned_dir(paths::log(name), 0o755, NGINX_USER, Keep::Data);
-        self.file(paths::nginx_conf(name), nginx::render(installed, service)?);
+        self.push(Step::Gate { service: name.clone(), text: nginx::render(installed, service)? });
         if installed.index(name) == 0 {
             self.unit_file("zd-nginx@.service", assets::NGINX_UNIT);
         }
@@ -262,9 +396,9 @@ impl Builder {
         Ok(())
     }
 
-    fn log_rotation(&mut self, lock: &Lock) -> Result<()> {
+    pub(super) fn log_rotation(&mut self, lock: &Lock) -> Result<()> {
         let services: Vec<&Name> = lock.services.iter().map(|s| &s.name).collect();
-        let variables = serde_json::json!({ "services": services, "log": paths::LOG, "run": paths::RUN });
+        let variables = json!({ "services": services, "log": paths::LOG, "run": paths::RUN });
         let conf = assets::render("logrotate.conf", assets::LOGROTATE_CONF, variables)?;
         self.file(paths::LOGROTATE_CONF, conf);
         self.unit_file("zd-logrotate.service", assets::LOGROTATE_UNIT);
@@ -274,11 +408,11 @@ impl Builder {
     }
 
     fn firewall(&mut self, inputs: &Inputs) -> Result<()> {
-        let ports = inputs.installed.lock.services.iter().map(|s| s.listen);
+        let ports = inputs.installed.lock.services.iter().flat_map(Service::client_ports);
         match &inputs.open_firewall {
             None => {}
             Some(Firewall::Nftables { chain }) => {
-                let variables = serde_json::json!({ "chain": chain, "ports": ports.collect::<Vec<_>>() });
+                let variables = json!({ "chain": chain, "ports": ports.collect::<Vec<_>>() });
                 let unit = assets::render("zd-firewall.service", assets::FIREWALL_UNIT, variables)?;
                 self.unit_file("zd-firewall.service", unit);
                 self.push(Step::Unit { name: "zd-firewall.service".into() });
@@ -291,8 +425,40 @@ impl Builder {
     }
 
     pub(super) fn unit_file(&mut self, name: &str, text: impl Into<String>) {
-        self.file(Path::new(paths::UNITS).join(name), text);
+        self.push(Step::File(unit_file(name, text)));
     }
+
+    pub(super) fn daemon(&mut self, unit: &str, files: Vec<Text>, data: Option<DataCopy>) {
+        self.push(Step::Daemon { unit: unit.into(), files, data });
+    }
+}
+
+fn secret_from(backup: Option<&Index>, secret: Secret, unit: Option<&str>) -> Step {
+    let files = secret.files();
+    let saved = |path: &PathBuf| backup?.entry(path.strip_prefix("/").ok()?.to_str()?).cloned();
+    // The first is written last, here as in the making.
+    let saved: Option<Vec<Entry>> = files.iter().rev().map(saved).collect();
+    match saved {
+        Some(saved) => {
+            let what = format!("secret {}", files[0].display());
+            Step::Restored(Restored { what, files: saved, unit: unit.map(str::to_owned) })
+        }
+        None => Step::Secret(secret),
+    }
+}
+
+/// The packages that a generation's bundle brought, as apt reads them.
+pub(super) fn repository(installed: &Installed) -> PathBuf {
+    paths::generation(installed.host.generation).join("packages")
+}
+
+/// A file that everybody may read.
+pub(super) fn text_file(path: impl Into<PathBuf>, text: impl Into<String>) -> Text {
+    Text { path: path.into(), text: text.into(), mode: 0o644, owner: None }
+}
+
+pub(super) fn unit_file(name: &str, text: impl Into<String>) -> Text {
+    text_file(Path::new(paths::UNITS).join(name), text)
 }
 
 /// The lock's bytes as text, as they stand in the bundle.

@@ -1,17 +1,23 @@
 //! Plans: what will be done, as plain data, made from facts and a lock without side effects.
 
+pub mod backup;
 pub mod deploy;
 pub mod install;
 pub mod preflight;
+pub mod reconfigure;
+pub mod restore;
 pub mod scale;
 pub mod slot;
 pub mod stack;
+pub mod upgrade;
 
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::backup::index::Entry;
+use crate::bundle::manifest::Product;
 use crate::host::docker::Container;
 use crate::host::firewall::Manager;
 use crate::host::packages::Leftovers;
@@ -29,22 +35,15 @@ pub enum Step {
         owner: Option<String>,
         keep: Keep,
     },
-    File {
-        path: PathBuf,
-        text: String,
-        mode: u32,
-        owner: Option<String>,
-    },
+    File(Text),
     /// Blobs of the bundle as files of a folder: packages with their index, or what the site carries along.
     Files {
         path: PathBuf,
         files: Vec<(String, Digest)>,
         mode: u32,
     },
-    /// This very zd.
-    Tool {
-        path: PathBuf,
-    },
+    /// This very zd is the one that is called `zd` on this host.
+    Tool,
     Link {
         path: PathBuf,
         target: PathBuf,
@@ -52,6 +51,10 @@ pub enum Step {
     Secret(Secret),
     /// The CA's certificate where Docker looks for it.
     TrustCa {
+        path: PathBuf,
+    },
+    /// The CA's certificate no longer where Docker looked for it, when the registry was called otherwise.
+    UntrustCa {
         path: PathBuf,
     },
     User {
@@ -67,9 +70,29 @@ pub enum Step {
         repository: PathBuf,
         wanted: Vec<String>,
     },
+    /// Packages that zd brought, in other versions. What runs goes on with the programs it has.
+    Upgrade {
+        /// Where the present versions are, for the way back.
+        before: PathBuf,
+        repository: PathBuf,
+        packages: Vec<Moved>,
+    },
+    /// A process of packages runs what is installed now.
+    Renew(Process),
+    /// Containers that nobody meant to touch: id and start time by name.
+    Untouched {
+        containers: Vec<Standing>,
+    },
     /// Enabled and running.
     Unit {
         name: String,
+    },
+    /// A unit of ours, enabled, and running with exactly these files: where one differs, it is restarted.
+    Daemon {
+        unit: String,
+        files: Vec<Text>,
+        /// Where its program changes: what it wrote, copied before, for the way back.
+        data: Option<DataCopy>,
     },
     /// Enabled, to be started by what it belongs to.
     Enabled {
@@ -117,6 +140,8 @@ pub enum Step {
         service: Name,
         slot: Slot,
         job: Value,
+        /// A job that holds the same image stays as it is: what serves is not replaced by an install.
+        keep: bool,
     },
     /// A slot's job with another number of groups: those that are in both are not touched.
     Resize {
@@ -154,6 +179,72 @@ pub enum Step {
         kind: Manager,
         port: u16,
     },
+    /// What Consul or Nomad held, out of its snapshot in a backup, where it does not know the tokens of then.
+    Snapshot {
+        product: Product,
+    },
+    /// Files as they are in a backup; what reads them is restarted where it runs.
+    Restored(Restored),
+    /// The audit log of a backup, where there is none, or only the beginning of it. One that goes on stays.
+    RestoredLog,
+    /// All traffic of a service goes to this slot, without a client noticing.
+    Switched {
+        service: Name,
+        slot: Slot,
+    },
+}
+
+/// Files of a backup that belong together. Their bytes stay there: some are secrets.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Restored {
+    /// For people.
+    pub what: String,
+    pub files: Vec<Entry>,
+    pub unit: Option<String>,
+}
+
+/// A small file as it shall be. Owner None is root.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Text {
+    pub path: PathBuf,
+    pub text: String,
+    pub mode: u32,
+    pub owner: Option<String>,
+}
+
+/// A package in another version.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Moved {
+    pub name: String,
+    pub from: String,
+    pub to: String,
+}
+
+/// What runs programs out of packages.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "process", rename_all = "kebab-case")]
+pub enum Process {
+    Registry,
+    /// dockerd and containerd; containers run on without them.
+    Docker,
+    Nginx {
+        service: Name,
+    },
+}
+
+/// A container at work.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Standing {
+    pub id: String,
+    pub name: String,
+    pub started_at: String,
+}
+
+/// Folders of a stopped daemon, and the folder that they are copied to.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DataCopy {
+    pub folders: Vec<PathBuf>,
+    pub copy: PathBuf,
 }
 
 /// Whether uninstall leaves a folder unless it is told to purge.
@@ -173,16 +264,31 @@ impl Step {
     pub fn title(&self) -> String {
         match self {
             Step::Dir { path, .. } => format!("folder {}", path.display()),
-            Step::File { path, .. } => format!("file {}", path.display()),
+            Step::File(Text { path, .. }) => format!("file {}", path.display()),
             Step::Files { path, files, .. } => format!("{} files in {}", files.len(), path.display()),
-            Step::Tool { path } => format!("zd itself as {}", path.display()),
+            Step::Tool => format!("zd itself as {}", paths::TOOL),
             Step::Link { path, target } => format!("link {} -> {}", path.display(), target.display()),
             Step::Secret(secret) => format!("secret {}", secret.files()[0].display()),
             Step::TrustCa { path } => format!("private CA trusted in {}", path.display()),
+            Step::UntrustCa { path } => format!("private CA no longer trusted in {}", path.display()),
             Step::User { name, .. } => format!("user {name}"),
             Step::Mask { unit, .. } => format!("{unit} kept from starting"),
             Step::Packages { wanted, .. } => format!("packages {}", wanted.join(" ")),
+            Step::Upgrade { packages, .. } => {
+                let packages: Vec<_> =
+                    packages.iter().map(|p| format!("{} {} -> {}", p.name, p.from, p.to)).collect();
+                format!("packages {}", packages.join(", "))
+            }
+            Step::Renew(Process::Registry) => "registry runs its installed program".into(),
+            Step::Renew(Process::Docker) => "Docker runs its installed programs".into(),
+            Step::Renew(Process::Nginx { service }) => {
+                format!("nginx of {service} runs its installed program")
+            }
+            Step::Untouched { containers } => {
+                format!("{} containers are the same as before", containers.len())
+            }
             Step::Unit { name } => format!("{name} enabled and running"),
+            Step::Daemon { unit, .. } => format!("{unit} running as configured"),
             Step::Enabled { name } => format!("{name} enabled"),
             Step::Consul { .. } => "Consul has a leader and its ACL".into(),
             Step::Nomad => "Nomad has a leader, its ACL and a healthy docker driver".into(),
@@ -195,7 +301,7 @@ impl Step {
                 format!("Nomad job {} with {groups} groups", paths::job(service, *slot))
             }
             Step::Key { key, .. } => format!("Consul key {key}"),
-            Step::Job { service, slot, job } => {
+            Step::Job { service, slot, job, .. } => {
                 let version = job["Meta"]["zd_version"].as_str().unwrap_or("?");
                 format!("Nomad job {} {version}", paths::job(service, *slot))
             }
@@ -211,6 +317,10 @@ impl Step {
             }
             Step::Record { service, slot, version, .. } => format!("{service} {slot} recorded as {version}"),
             Step::Firewall { kind, port } => format!("{} lets tcp {port} in", kind.name()),
+            Step::Restored(restored) => format!("{} from the backup", restored.what),
+            Step::Snapshot { product } => format!("state of {product} from the backup"),
+            Step::RestoredLog => "audit log from the backup".into(),
+            Step::Switched { service, slot } => format!("all traffic of {service} goes to {slot}"),
         }
     }
 }
@@ -240,6 +350,14 @@ pub enum Undo {
         path: PathBuf,
         target: PathBuf,
     },
+    /// A secret made anew for the address that it was for before.
+    Remake {
+        secret: Secret,
+    },
+    /// The CA's certificate where Docker looked for it.
+    TrustCa {
+        path: PathBuf,
+    },
     /// A folder's mode and owner as they were.
     RestoreMode {
         path: PathBuf,
@@ -257,10 +375,24 @@ pub enum Undo {
         packages: Vec<String>,
         leftovers: Leftovers,
     },
+    /// Packages in the versions before, and what runs them.
+    PutBackPackages {
+        repository: PathBuf,
+        packages: Vec<Moved>,
+    },
     StopUnit {
         name: String,
         was_enabled: bool,
         was_active: bool,
+    },
+    /// A unit with its files, and where its program changed its data, as it was.
+    PutBackDaemon {
+        unit: String,
+        /// Of files only: [`Undo::RemoveFiles`] and [`Undo::RestoreFile`].
+        files: Vec<Undo>,
+        was_enabled: bool,
+        was_active: bool,
+        data: Option<DataCopy>,
     },
     RemoveNetwork,
     RemoveContainer {
@@ -309,6 +441,27 @@ pub enum Undo {
         kind: Manager,
         port: u16,
     },
+    /// Files as they were: copies were put aside, for a receipt holds no secret. New ones go.
+    PutBackFiles {
+        files: Vec<PathBuf>,
+        new: Vec<PathBuf>,
+        unit: Option<String>,
+    },
+    /// All traffic goes back to this slot.
+    SwitchBack {
+        service: Name,
+        slot: Slot,
+    },
+    /// Written by a newer zd, in a receipt that has ended.
+    #[serde(other)]
+    Unknown,
+}
+
+impl Undo {
+    /// There is no way back from its step.
+    pub fn is_finish(&self) -> bool {
+        matches!(self, Self::FinishRemoving { .. })
+    }
 }
 
 /// Steps in order. The title of each is unique within its plan.

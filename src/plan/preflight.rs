@@ -1,29 +1,27 @@
 //! Is the host fit? All findings at once; each bad one with its cure. "Could not look" is a note.
 
 use std::collections::BTreeMap;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::Path;
 
 use bytesize::ByteSize;
 use serde::Serialize;
 
 use crate::bundle::Lock;
-use crate::bundle::manifest::Engine;
+use crate::bundle::lock::{Blob, Image};
+use crate::bundle::manifest::{Engine, STACK_PORTS};
 use crate::error::{Code, Error, Result};
 use crate::facts::{Cgroup, Facts, space};
+use crate::host::config::Installed;
 use crate::host::paths;
+use crate::plan::slot;
 
-/// Ports of the full stack, all on loopback.
-const STACK_PORTS: [(u16, &str); 6] = [
-    (8300, "servers of Consul"),
-    (8301, "gossip of Consul"),
-    (8500, "HTTP of Consul"),
-    (4646, "HTTP of Nomad"),
-    (4647, "RPC of Nomad"),
-    (4648, "gossip of Nomad"),
-];
 /// Memory that dockerd, the registry and nginx need beside the services.
 const MEMORY_MIN: u64 = 768 << 20;
+/// What Consul, Nomad and consul-template take beside that, and what Nomad and containerd keep running for each
+/// container (measured: 134 MB, and 50 MB of which most is shared).
+const STACK_MEMORY: u64 = 256 << 20;
+const CONTAINER_MEMORY: u64 = 16 << 20;
 /// Cure of a clock that is wrong.
 pub const SET_CLOCK: &str = "set the clock: timedatectl set-time 'YYYY-MM-DD hh:mm:ss'";
 /// Left free on every file system after an install, for logs and the host itself.
@@ -127,16 +125,7 @@ pub fn bundle(facts: &Facts, wants: &Wants) -> Result<Vec<Finding>> {
             format!("bring a bundle packed for it: zd pack … --target {}", facts.target),
         )
     });
-    found.push(if facts.has_ip(wants.ip) {
-        Finding::ok("address", wants.ip.to_string())
-    } else {
-        let have: Vec<String> = facts.interfaces.iter().map(|i| i.ip.to_string()).collect();
-        Finding::bad(
-            "address",
-            format!("{} is not an address of this host", wants.ip),
-            format!("use one of: {}", have.join(", ")),
-        )
-    });
+    found.push(address(facts, wants.ip, wants.fresh));
     found.push(if facts.now >= lock.created {
         Finding::ok("clock", facts.now.strftime("%F %T UTC").to_string())
     } else {
@@ -146,25 +135,106 @@ pub fn bundle(facts: &Facts, wants: &Wants) -> Result<Vec<Finding>> {
             SET_CLOCK,
         )
     });
+    found.push(memory(facts.memory_bytes, lock));
     ports(facts, wants, &mut found);
     programs(facts, wants, &mut found);
     if wants.fresh {
-        disks(wants, &mut found)?;
+        disks(lock, None, wants.packages_installed, &mut found)?;
     }
     firewall(facts, lock, &mut found);
     Ok(found)
 }
 
+/// Where the registry listens has to be this host's own address.
+pub fn address(facts: &Facts, ip: Ipv4Addr, fresh: bool) -> Finding {
+    if facts.has_ip(ip) {
+        return Finding::ok("address", ip.to_string());
+    }
+    let have: Vec<String> = facts.plausible().map(|i| i.ip.to_string()).collect();
+    let have = have.join(", ");
+    let cure = if fresh {
+        format!("use one of: {have}; or add it first: ip address add {ip}/PREFIX dev INTERFACE")
+    } else {
+        format!("zd reconfigure --ip with one of: {have}; or give it back to an interface")
+    };
+    Finding::bad("address", format!("{ip} is not an address of this host"), cure)
+}
+
+/// What another address, or another port of the registry, needs of an installed host.
+pub fn moved(facts: &Facts, to: &Installed) -> Vec<Finding> {
+    let (ip, port) = (to.host.ip, to.host.registry_port);
+    let mut found = vec![address(facts, ip, true)];
+    if to.host.is_container(ip) {
+        let what = format!("{ip} is in {}.0.0/16, the network of zd's own containers", to.host.subnet);
+        found.push(Finding::bad("address", what, "use an address that other machines reach this host by"));
+    }
+    let cure = "stop it, or take another: --registry-port PORT";
+    found.extend(registry_port(&to.lock, port));
+    let meets = |other: IpAddr| other.is_unspecified() || other.to_canonical() == IpAddr::V4(ip);
+    let taken = facts.listeners.iter().find(|l| l.port == port && !l.ours && meets(l.ip));
+    found.push(match taken {
+        None => Finding::ok("port", format!("{port} for the private registry is free on {ip}")),
+        Some(l) => {
+            let what = format!("{port} for the private registry is taken on {ip} by {}", l.owner);
+            Finding::bad("port", what, cure)
+        }
+    });
+    found
+}
+
+/// Another part of zd has, or will have, the port that is wanted for the registry: on loopback, too.
+fn registry_port(lock: &Lock, wanted: u16) -> Option<Finding> {
+    let services = lock.services.iter();
+    let services =
+        services.flat_map(|s| s.ports().map(move |(port, what)| (port, format!("{what} of {}", s.name))));
+    let stack = STACK_PORTS.into_iter().filter(|_| lock.engine == Engine::Nomad);
+    let mut all = services.chain(stack.map(|(port, what)| (port, what.to_owned())));
+    let (port, owner) = all.find(|(port, _)| *port == wanted)?;
+    let what = format!("{port} is wanted for the private registry and for the {owner}");
+    Some(Finding::bad("port", what, "take another for the registry: --registry-port PORT"))
+}
+
+/// What the containers of both slots may take. Nomad places only what it has room for by their memory-mb; to Docker
+/// that is a limit, which not all have to reach at once.
+fn memory(has: u64, lock: &Lock) -> Finding {
+    let nomad = lock.engine == Engine::Nomad;
+    let unset = if nomad { slot::MEMORY_MB } else { 0 };
+    let (mut containers, mut claimed) = (0, 0u64);
+    for service in &lock.services {
+        let both = 2 * u64::from(service.instances);
+        let each = if service.memory_mb == 0 { unset } else { service.memory_mb };
+        containers += both;
+        claimed = claimed.saturating_add(both * (u64::from(each) << 20));
+    }
+    let stack = MEMORY_MIN + if nomad { STACK_MEMORY } else { 0 } + containers * CONTAINER_MEMORY;
+    let needed = claimed.saturating_add(stack);
+    let what = format!(
+        "{} for {containers} containers of both slots and {} for what runs them; this host has {}",
+        ByteSize(claimed),
+        ByteSize(stack),
+        ByteSize(has)
+    );
+    let cure = "a smaller memory-mb or fewer instances in the manifest, or more memory for this host";
+    if nomad && claimed > has {
+        Finding::bad("memory", format!("{what}: Nomad cannot place them all"), cure)
+    } else if needed > has {
+        Finding::note("memory", what, cure)
+    } else {
+        Finding::ok("memory", what)
+    }
+}
+
 fn ports(facts: &Facts, wants: &Wants, found: &mut Vec<Finding>) {
     let services = wants.lock.services.iter();
     let manifest = "stop it, or give the service another port in the manifest";
-    let wanted = services
-        .flat_map(|s| [(s.listen, "service", manifest), (s.standby_listen, "standby entry", manifest)]);
+    let wanted = services.flat_map(|s| s.ports()).map(|(port, what)| (port, what, manifest));
     let registry =
         (wants.registry_port, "private registry", "stop it, or take another: --registry-port PORT");
     // Of the stack, only before there is one: its units are ours and do not look it.
     let stack = STACK_PORTS.into_iter().filter(|_| wants.fresh && wants.lock.engine == Engine::Nomad);
     let stack = stack.map(|(port, what)| (port, what, "stop it"));
+    // Between the others the manifest has seen to it.
+    found.extend(registry_port(wants.lock, wants.registry_port));
     for (port, what, cure) in wanted.chain([registry]).chain(stack) {
         match facts.listeners.iter().find(|l| l.port == port && !l.ours) {
             None => found.push(Finding::ok("port", format!("{port} for the {what} is free"))),
@@ -209,16 +279,31 @@ fn name_of(program: &str) -> &'static str {
     }
 }
 
-/// Exact needs, added up per file system.
-fn disks(wants: &Wants, found: &mut Vec<Finding>) -> Result<()> {
-    let lock = wants.lock;
-    let sizes = |role| lock.blobs.iter().filter(|b| b.role == role).map(|b| b.size).sum::<u64>();
+/// Whether a further generation fits beside the present one.
+pub fn room(lock: &Lock, present: Option<&Lock>) -> Result<Vec<Finding>> {
+    let mut found = Vec::new();
+    disks(lock, present, 0, &mut found)?;
+    Ok(found)
+}
+
+/// Exact needs, added up per file system; of images only what `present` has not brought.
+fn disks(
+    lock: &Lock,
+    present: Option<&Lock>,
+    packages_installed: u64,
+    found: &mut Vec<Finding>,
+) -> Result<()> {
     use crate::bundle::lock::Role;
+    let kept =
+        |role| matches!(role, Role::ImageLayer | Role::ImageConfig | Role::ImageManifest | Role::Binary);
+    let here = |b: &Blob| kept(b.role) && present.is_some_and(|lock| lock.blobs.contains(b));
+    let sizes = |role| lock.blobs.iter().filter(|b| b.role == role && !here(b)).map(|b| b.size).sum::<u64>();
     let images: u64 = sizes(Role::ImageLayer) + sizes(Role::ImageConfig) + sizes(Role::ImageManifest);
-    let unpacked: u64 = lock.images.iter().fold(0, |sum: u64, i| sum.saturating_add(i.unpacked));
+    let new = |i: &&Image| present.is_none_or(|lock| lock.images.iter().all(|p| p.manifest != i.manifest));
+    let unpacked: u64 = lock.images.iter().filter(new).fold(0, |sum: u64, i| sum.saturating_add(i.unpacked));
     let needs = [
         (paths::OPT, sizes(Role::Deb) + sizes(Role::AptIndex) + sizes(Role::Binary) + (64 << 20)),
-        ("/usr", wants.packages_installed),
+        ("/usr", packages_installed),
         (paths::VAR, images),
         (paths::DOCKER_DATA, unpacked),
     ];
@@ -244,10 +329,80 @@ fn disks(wants: &Wants, found: &mut Vec<Finding>) -> Result<()> {
 
 fn firewall(facts: &Facts, lock: &Lock, found: &mut Vec<Finding>) {
     let Some(kind) = &facts.firewall else { return };
-    let ports: Vec<String> = lock.services.iter().map(|s| format!("tcp {}", s.listen)).collect();
+    let ports: Vec<String> =
+        lock.services.iter().flat_map(|s| s.client_ports()).map(|port| format!("tcp {port}")).collect();
     found.push(Finding::note(
         "firewall",
         format!("{} is active; clients need {}", kind.name(), ports.join(", ")),
         "--open-firewall opens them",
     ));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::facts::Interface;
+
+    fn installed(engine: Engine, registry_port: u16) -> Installed {
+        let mut lock =
+            Lock::parse(include_bytes!("../../tests/fixtures/before-upgrade/zd-lock.json")).unwrap();
+        lock.engine = engine;
+        lock.services[0].tcp = vec![toml::from_str("port = 5000\nlisten = 5001").unwrap()];
+        let mut host: crate::host::config::HostConfig =
+            toml::from_str(include_str!("../../tests/fixtures/before-upgrade/host.toml")).unwrap();
+        host.registry_port = registry_port;
+        Installed { host, lock }
+    }
+
+    /// Nothing listens: what is asked is who will.
+    fn facts(to: &Installed) -> Facts {
+        Facts {
+            target: to.lock.target.clone(),
+            root: true,
+            systemd: true,
+            memory_bytes: 8 << 30,
+            cgroup: Cgroup::V2,
+            now: to.lock.created,
+            interfaces: vec![Interface { name: "eth0".into(), ip: to.host.ip }],
+            way_out: None,
+            routes: Vec::new(),
+            listeners: Vec::new(),
+            firewall: None,
+            programs: BTreeMap::new(),
+            docker_answers: true,
+            package_lock: None,
+        }
+    }
+
+    #[test]
+    fn the_registry_takes_no_port_of_another_part() {
+        for (engine, port, owner) in [
+            (Engine::Nomad, 8500, "HTTP of Consul"),
+            (Engine::Nomad, 4648, "gossip of Nomad"),
+            (Engine::Nomad, 80, "service of hello"),
+            (Engine::Docker, 8081, "standby entry of hello"),
+            (Engine::Docker, 5001, "TCP service of hello"),
+        ] {
+            let to = installed(engine, port);
+            let said = format!("{port} is wanted for the private registry and for the {owner}");
+            let e = refuse(&moved(&facts(&to), &to)).unwrap_err();
+            assert!(e.code == Code::Preflight && e.what.contains(&said), "{}", e.what);
+            let (lock, ip) = (&to.lock, to.host.ip);
+            let wants = Wants {
+                lock,
+                ip,
+                registry_port: port,
+                packages_installed: 0,
+                foreign_docker: false,
+                fresh: true,
+            };
+            let mut found = Vec::new();
+            ports(&facts(&to), &wants, &mut found);
+            assert!(found.iter().any(|f| f.good == Some(false) && f.what == said), "{found:?}");
+        }
+        for (engine, port) in [(Engine::Nomad, 5444), (Engine::Docker, 8500)] {
+            let to = installed(engine, port);
+            refuse(&moved(&facts(&to), &to)).unwrap();
+        }
+    }
 }

@@ -29,12 +29,19 @@ pub fn plan(installed: &Installed, service: &Service, before: u8, state: &State)
         }
         healthy.push(Step::Healthy { service: name.clone(), slot: *slot });
     }
+    let gate = || -> Result<Step> {
+        Ok(Step::Gate { service: name.clone(), text: nginx::render(installed, service)? })
+    };
     let pools = match installed.lock.engine {
-        Engine::Docker => {
-            vec![Step::Gate { service: name.clone(), text: nginx::render(installed, service)? }]
-        }
+        Engine::Docker => vec![gate()?],
         Engine::Nomad => {
-            vec![slots::pools_key(installed, service), Step::LoadPools { service: name.clone() }]
+            let mut pools =
+                vec![slots::pools_key(installed, service), Step::LoadPools { service: name.clone() }];
+            // consul-template renders the pools of HTTP; those of sessions stand in the gate configuration.
+            if !service.inlets().is_empty() {
+                pools.push(gate()?);
+            }
+            pools
         }
     };
     let mut steps = vec![Step::Instances { service: name.clone(), instances }];

@@ -6,22 +6,24 @@ use super::Step;
 use crate::assets;
 use crate::bundle::manifest::{Engine, ImageRef, Service};
 use crate::error::Result;
-use crate::host::config::Installed;
+use crate::host::config::{HostConfig, Installed};
 use crate::host::docker::{Container, parked};
 use crate::host::{nginx, paths};
 use crate::ids::{Digest, Slot};
 
 /// Megabytes that Nomad counts for a container where the manifest sets no limit, and a limit that is none.
-const MEMORY_MB: u32 = 256;
+pub const MEMORY_MB: u32 = 256;
 const NO_LIMIT_MB: u32 = 1 << 20;
 
-/// Steps that make a slot run one image and record it.
+/// Steps that make a slot run one image and record it. `keep`: what runs this image already stays as it is,
+/// also where it was started with other settings.
 pub fn fill(
     installed: &Installed,
     service: &Service,
     slot: Slot,
     reference: &ImageRef,
     digest: &Digest,
+    keep: bool,
 ) -> Result<Vec<Step>> {
     let name = &service.name;
     let mut steps: Vec<Step> = match installed.lock.engine {
@@ -30,7 +32,7 @@ pub fn fill(
         }
         Engine::Nomad => {
             let job = job(installed, service, slot, reference, digest)?;
-            vec![Step::Job { service: name.clone(), slot, job }]
+            vec![Step::Job { service: name.clone(), slot, job, keep }]
         }
     };
     steps.push(Step::Healthy { service: name.clone(), slot });
@@ -101,6 +103,40 @@ pub fn job(
         "memory_limit_mb": if service.memory_mb == 0 { NO_LIMIT_MB } else { service.memory_mb },
     });
     assets::json("job.json", assets::JOB, variables)
+}
+
+/// Whether a job holds the image that another would, in as many containers.
+pub fn same_content(found: &Value, wanted: &Value) -> bool {
+    let groups = |job: &Value| job["TaskGroups"].as_array().map(Vec::len);
+    found["Meta"] == wanted["Meta"] && groups(found) == groups(wanted)
+}
+
+/// The job with its images called as those of another job, where they are the same but for an earlier address of
+/// this host's registry: that changes nothing of what runs.
+pub fn named_as(job: &Value, other: &Value, host: &HostConfig) -> Value {
+    let registries: Vec<String> = host.registries().collect();
+    let content = |name: &str| {
+        let (registry, content) = name.split_once('/')?;
+        registries.iter().any(|known| known == registry).then(|| content.to_owned())
+    };
+    let mut other = other.clone();
+    let known: Vec<String> = images(&mut other).filter_map(|i| i.as_str().map(str::to_owned)).collect();
+    let mut named = job.clone();
+    for image in images(&mut named) {
+        let Some(wanted) = image.as_str().and_then(content) else { continue };
+        if let Some(known) = known.iter().find(|known| content(known).as_ref() == Some(&wanted)) {
+            *image = json!(known);
+        }
+    }
+    named
+}
+
+fn images(job: &mut Value) -> impl Iterator<Item = &mut Value> {
+    fn parts<'a>(of: &'a mut Value, key: &str) -> impl Iterator<Item = &'a mut Value> {
+        of.get_mut(key).and_then(Value::as_array_mut).into_iter().flatten()
+    }
+    let tasks = parts(job, "TaskGroups").flat_map(|group| parts(group, "Tasks"));
+    tasks.filter_map(|task| task.get_mut("Config")?.get_mut("image"))
 }
 
 /// What Consul is told of both pools, for consul-template.

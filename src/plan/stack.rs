@@ -1,42 +1,47 @@
 //! Steps of the full stack: Consul, Nomad and consul-template beneath the services of the nomad engine.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::json;
 
-use super::install::{Builder, Inputs};
-use super::{Keep, Step};
+use super::install::{Builder, text_file, unit_file};
+use super::{DataCopy, Keep, Step, Text};
 use crate::assets;
 use crate::bundle::Lock;
+use crate::bundle::lock::Release;
 use crate::bundle::manifest::Product;
 use crate::error::{Code, Result};
-use crate::host::config::Installed;
+use crate::host::config::{HostConfig, Installed};
 use crate::host::nginx;
 use crate::host::paths::{self, CONSUL_TEMPLATE_USER, CONSUL_USER};
 use crate::host::secrets::{Secret, Token};
 
-impl Builder {
-    /// Consul with a leader, Nomad with a healthy docker driver.
-    pub(super) fn stack(&mut self, inputs: &Inputs) -> Result<()> {
-        let installed = inputs.installed;
+impl Builder<'_> {
+    pub(super) fn programs(&mut self, installed: &Installed) {
+        let releases = &installed.lock.releases;
+        let programs =
+            releases.iter().map(|r| (paths::program(r.product.as_str(), &r.digest), r.digest.clone()));
+        self.push(Step::Files { path: paths::PROGRAMS.into(), files: programs.collect(), mode: 0o755 });
         let bin = paths::generation(installed.host.generation).join("bin");
         self.dir(&bin, 0o755);
-        let binaries = installed.lock.releases.iter().map(|r| (r.product.to_string(), r.digest.clone()));
-        self.push(Step::Files { path: bin, files: binaries.collect(), mode: 0o755 });
+        for release in releases {
+            let (path, target) = (bin.join(release.product.as_str()), program(release));
+            self.push(Step::Link { path, target });
+        }
         self.dir(paths::SECRETS, 0o700);
-        self.consul(installed)?;
-        self.nomad(installed)
     }
 
-    fn consul(&mut self, installed: &Installed) -> Result<()> {
+    /// Consul with a leader.
+    pub(super) fn consul(&mut self, installed: &Installed) -> Result<()> {
         let etc = paths::CONSUL_ETC;
         self.push(Step::User { name: CONSUL_USER.into(), home: paths::CONSUL_DATA.into() });
         self.owned_dir(paths::CONSUL_DATA, 0o750, CONSUL_USER, Keep::Ours);
         self.owned_dir(etc, 0o750, CONSUL_USER, Keep::Ours);
+        self.saved_files("node id of Consul", Path::new(paths::CONSUL_DATA), Some("consul.service"));
         for token in Token::CONSUL {
-            self.push(Step::Secret(Secret::Token(token)));
+            self.secret(Secret::Token(token), "consul.service");
         }
-        self.push(Step::Secret(Secret::ConsulPrivate { management: management(&installed.lock)? }));
+        self.secret(Secret::ConsulPrivate { management: management(&installed.lock)? }, "consul.service");
         let node = installed.host.node();
         let variables = json!({ "node": node, "data": paths::CONSUL_DATA });
         let mut config = assets::json("consul.json", assets::CONSUL_CONF, variables)?;
@@ -44,21 +49,32 @@ impl Builder {
             // A port more since then; older ones refuse a key that they do not know.
             config["ports"]["grpc_tls"] = json!(-1);
         }
-        self.file(Path::new(etc).join("consul.json"), format!("{config:#}\n"));
-        self.stack_unit(installed, "consul.service", assets::CONSUL_UNIT)?;
+        let config = text_file(Path::new(etc).join("consul.json"), format!("{config:#}\n"));
+        self.stack_daemon(installed, Product::Consul, assets::CONSUL_UNIT, vec![config])?;
+        if self.restored.is_some() {
+            self.push(Step::Snapshot { product: Product::Consul });
+        }
         self.push(Step::Consul { node });
         self.unit_file("zd-publish.service", assets::PUBLISH_UNIT);
         self.push(Step::Enabled { name: "zd-publish.service".into() });
         Ok(())
     }
 
-    fn nomad(&mut self, installed: &Installed) -> Result<()> {
+    /// Nomad with a healthy docker driver.
+    pub(super) fn nomad(&mut self, installed: &Installed) -> Result<()> {
         let etc = paths::NOMAD_ETC;
         self.dir(paths::NOMAD_DATA, 0o700);
+        if self.restored.is_some() {
+            // By its ids Nomad knows the node, and what runs on it, again.
+            let client = Path::new(paths::NOMAD_DATA).join("client");
+            self.dir(&client, 0o700);
+            self.saved_files("ids of Nomad's client", &client, Some("nomad.service"));
+            self.secret(Secret::Token(Token::NomadManagement), "nomad.service");
+        }
         self.dir(etc, 0o700);
-        self.push(Step::Secret(Secret::NomadCertificate));
-        self.push(Step::Secret(Secret::DockerAuth { registry: installed.host.registry() }));
-        self.push(Step::Secret(Secret::NomadPrivate));
+        self.secret(Secret::NomadCertificate, "nomad.service");
+        self.pulls(&installed.host);
+        self.secret(Secret::NomadPrivate, "nomad.service");
         let variables = json!({
             "node": installed.host.node(),
             "data": paths::NOMAD_DATA,
@@ -68,10 +84,18 @@ impl Builder {
             "key": paths::NOMAD_KEY,
         });
         let config = assets::json("nomad.json", assets::NOMAD_CONF, variables)?;
-        self.file(Path::new(etc).join("nomad.json"), format!("{config:#}\n"));
-        self.stack_unit(installed, "nomad.service", assets::NOMAD_UNIT)?;
+        let config = text_file(Path::new(etc).join("nomad.json"), format!("{config:#}\n"));
+        self.stack_daemon(installed, Product::Nomad, assets::NOMAD_UNIT, vec![config])?;
+        if self.restored.is_some() {
+            self.push(Step::Snapshot { product: Product::Nomad });
+        }
         self.push(Step::Nomad);
         Ok(())
+    }
+
+    /// The account that Nomad pulls with; read at each pull.
+    pub(super) fn pulls(&mut self, host: &HostConfig) {
+        self.secret(Secret::DockerAuth { registry: host.registry() }, "nomad.service");
     }
 
     /// After the services' slots are known to Consul: their pools, as nginx reads them.
@@ -83,17 +107,18 @@ impl Builder {
         let templates = paths::TEMPLATES;
         self.dir(templates, 0o755);
         self.owned_dir(paths::POOLS, 0o755, CONSUL_TEMPLATE_USER, Keep::Ours);
-        self.push(Step::Secret(Secret::ConsulTemplatePrivate));
+        self.secret(Secret::ConsulTemplatePrivate, "consul-template.service");
         let services = &installed.lock.services;
+        let mut files = Vec::new();
         for service in services {
             let text = assets::render("pools.ctmpl", assets::POOLS_TEMPLATE, nginx::pool_settings(service))?;
-            self.file(format!("{templates}/{}.ctmpl", service.name), text);
+            files.push(text_file(format!("{templates}/{}.ctmpl", service.name), text));
         }
         let names: Vec<_> = services.iter().map(|s| &s.name).collect();
         let variables = json!({ "services": names, "templates": templates, "pools": paths::POOLS });
         let config = assets::json("consul-template.json", assets::CONSUL_TEMPLATE_CONF, variables)?;
-        self.file(Path::new(etc).join("consul-template.json"), format!("{config:#}\n"));
-        self.stack_unit(installed, "consul-template.service", assets::CONSUL_TEMPLATE_UNIT)?;
+        files.push(text_file(Path::new(etc).join("consul-template.json"), format!("{config:#}\n")));
+        self.stack_daemon(installed, Product::ConsulTemplate, assets::CONSUL_TEMPLATE_UNIT, files)?;
         self.unit_file("zd-pools@.service", assets::POOLS_UNIT);
         self.unit_file("zd-pools@.path", assets::POOLS_PATH);
         for service in services {
@@ -102,12 +127,47 @@ impl Builder {
         Ok(())
     }
 
-    fn stack_unit(&mut self, installed: &Installed, name: &str, template: &str) -> Result<()> {
-        let bin = paths::generation(installed.host.generation).join("bin");
-        self.unit_file(name, assets::render(name, template, json!({ "bin": bin }))?);
-        self.push(Step::Unit { name: name.into() });
+    /// Only where the program becomes another one.
+    fn data_copy(&self, installed: &Installed, product: Product) -> Result<Option<DataCopy>> {
+        let Some(before) = self.before else { return Ok(None) };
+        let (before, now) = (release(before, product)?, release(&installed.lock, product)?);
+        let folders = data_of(product);
+        let copy = Path::new(paths::BEFORE).join(product.as_str());
+        Ok((before.digest != now.digest && !folders.is_empty()).then_some(DataCopy { folders, copy }))
+    }
+
+    /// A daemon that runs a program of the bundle.
+    fn stack_daemon(
+        &mut self,
+        installed: &Installed,
+        product: Product,
+        template: &str,
+        mut files: Vec<Text>,
+    ) -> Result<()> {
+        let unit = format!("{product}.service");
+        let program = program(release(&installed.lock, product)?);
+        files.push(unit_file(&unit, assets::render(&unit, template, json!({ "program": program }))?));
+        self.daemon(&unit, files, self.data_copy(installed, product)?);
         Ok(())
     }
+}
+
+/// What a newer program may write in a way that the one before cannot read. A task's folders are not among it.
+fn data_of(product: Product) -> Vec<PathBuf> {
+    let nomad = Path::new(paths::NOMAD_DATA);
+    match product {
+        Product::Consul => vec![paths::CONSUL_DATA.into()],
+        Product::Nomad => vec![nomad.join("server"), nomad.join("client")],
+        Product::ConsulTemplate => Vec::new(),
+    }
+}
+
+fn program(release: &Release) -> PathBuf {
+    Path::new(paths::PROGRAMS).join(paths::program(release.product.as_str(), &release.digest))
+}
+
+fn release(lock: &Lock, product: Product) -> Result<&Release> {
+    lock.release(product).ok_or_else(|| Code::Bundle.err(format!("the bundle carries no {product}")))
 }
 
 /// What the version of Consul in the bundle calls its first token: `initial_management` since 1.11.
@@ -116,8 +176,6 @@ pub fn management(lock: &Lock) -> Result<String> {
 }
 
 fn consul_version(lock: &Lock) -> Result<(u32, u32)> {
-    let release = lock.releases.iter().find(|r| r.product == Product::Consul);
-    let release = release.ok_or_else(|| Code::Bundle.err("the bundle carries no Consul"))?;
-    let mut numbers = release.version.as_str().split('.').map(|n| n.parse::<u32>().unwrap_or(0));
-    Ok((numbers.next().unwrap_or(0), numbers.next().unwrap_or(0)))
+    let (major, minor, _) = release(lock, Product::Consul)?.version.numbers();
+    Ok((major, minor))
 }

@@ -1,10 +1,13 @@
 //! Is a slot healthy? Every container asked directly, at its own address.
+//! TCP ports are tried where a slot is to take sessions, and not only to be looked at.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use jiff::{SignedDuration, Timestamp};
 use serde::Serialize;
+use tokio::net::TcpStream;
 
 use crate::bundle::manifest::{Engine, Service};
 use crate::error::{Code, Result};
@@ -39,6 +42,32 @@ pub async fn probe(installed: &Installed, service: &Service, slot: Slot) -> Vec<
     futures_util::future::join_all(probes).await
 }
 
+/// As [`probe`], and each container must accept on the service's TCP ports. A port that has a session open does,
+/// and is let alone: HSMS equipment may serve one session and no more (SEMI E37, HSMS-SS), and this would be it.
+pub async fn probe_all(installed: &Installed, service: &Service, slot: Slot) -> Vec<Probe> {
+    let mut probes = probe(installed, service, slot).await;
+    let busy: BTreeSet<SocketAddr> = procfs::net::tcp().map_or(BTreeSet::new(), |all| {
+        let open = all.into_iter().filter(|e| e.state == procfs::net::TcpState::Established);
+        open.map(|e| e.remote_address).collect()
+    });
+    for port in service.tcp.iter().map(|t| t.port) {
+        let addresses = installed.addresses_at(service, slot, port).into_iter().zip(&mut probes);
+        let ask =
+            addresses.filter(|(a, probe)| probe.healthy && !busy.contains(a)).map(|(a, probe)| async move {
+                let answer = tokio::time::timeout(PROBE, TcpStream::connect(a)).await;
+                let why = match answer {
+                    Ok(Ok(_)) => return,
+                    Ok(Err(e)) => e.to_string(),
+                    Err(_) => format!("no answer in {PROBE:?}"),
+                };
+                probe.healthy = false;
+                probe.answer = format!("{}, but TCP port {port} does not accept: {why}", probe.answer);
+            });
+        futures_util::future::join_all(ask).await;
+    }
+    probes
+}
+
 /// Healthy, and not only for the moment: a container that has just started may be about to end.
 pub async fn is_healthy(
     installed: &Installed,
@@ -47,7 +76,7 @@ pub async fn is_healthy(
     docker: &Docker,
 ) -> Result<bool> {
     let life = look(installed.lock.engine, service, slot, docker).await?;
-    Ok(life == Life::Settled && probe(installed, service, slot).await.iter().all(|p| p.healthy))
+    Ok(life == Life::Settled && probe_all(installed, service, slot).await.iter().all(|p| p.healthy))
 }
 
 #[derive(PartialEq)]
@@ -87,7 +116,7 @@ pub async fn wait(installed: &Installed, service: &Service, slot: Slot, docker: 
     loop {
         // In this order: healthy answers count only of containers that had settled before.
         let life = look(installed.lock.engine, service, slot, docker).await?;
-        let probes = probe(installed, service, slot).await;
+        let probes = probe_all(installed, service, slot).await;
         if life == Life::Settled && probes.iter().all(|p| p.healthy) {
             return Ok(());
         }
@@ -120,7 +149,7 @@ async fn unhealthy(
     let mut what = format!(
         "{} in {slot} did not become healthy: {} after {:.1} s",
         service.name,
-        if dying { "it keeps ending" } else { "no 200" },
+        if dying { "it keeps ending" } else { "not every probe succeeds" },
         waited.as_secs_f32()
     );
     // One that keeps ending may just have answered.
@@ -134,11 +163,20 @@ async fn unhealthy(
             what.push_str(&format!("\n  {name}: its last lines: {log}"));
         }
     }
+    let mut cure = "mend the image and deploy it again";
     if engine == Engine::Nomad {
-        what.push_str(&match nomad::connect() {
-            Ok(api) => nomad::explain(&api, &paths::job(&service.name, slot)).await,
-            Err(e) => format!("\n  {}", e.what),
-        });
+        match explain(service, slot).await {
+            Ok(reason) => {
+                what.extend(reason.lines.iter().map(|line| format!("\n  {line}")));
+                cure = reason.cure.unwrap_or(cure);
+            }
+            Err(e) => what.push_str(&format!("\n  {}", e.what)),
+        }
     }
-    Code::Unhealthy.err(what).cure("the active slot was not touched; mend the image and deploy it again")
+    Code::Unhealthy.err(what).cure(format!("the active slot was not touched; {cure}"))
+}
+
+/// Why Nomad does not run a slot as it should.
+pub async fn explain(service: &Service, slot: Slot) -> Result<nomad::Reason> {
+    nomad::explain(&nomad::connect()?, &paths::job(&service.name, slot)).await
 }

@@ -3,7 +3,11 @@
 pub mod cluster;
 pub mod gate;
 pub mod health;
+pub mod in_flight;
 pub mod pointer;
 pub mod reload;
+pub mod renew;
+pub mod sessions;
 pub mod state;
 pub mod switch;
+pub mod watch;

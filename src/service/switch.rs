@@ -1,6 +1,7 @@
 //! The switch: check the standby, hold, drain, flip, release, verify. Nothing is reloaded; the only
 //! thing that changes for clients is one symlink.
 
+use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
@@ -9,7 +10,9 @@ use serde::Serialize;
 
 use super::gate::Gate;
 use super::health;
+use super::in_flight::InFlight;
 use super::pointer::{self, Pointer};
+use super::sessions::{self, Moved};
 use super::state::State;
 use crate::audit::{self, Event, Release};
 use crate::bundle::manifest::Service;
@@ -19,10 +22,12 @@ use crate::host::config::Installed;
 use crate::host::nginx::Status;
 use crate::host::{fs, http, paths};
 use crate::ids::{Name, Slot};
+use crate::report::{self, Change};
 
 /// Answers that clients must see after the switch, on fresh connections.
 const VERIFY: u32 = 10;
-const PROBE: Duration = Duration::from_secs(2);
+/// An answer through nginx that takes longer is none. A request that is held waits as long as the drain takes.
+const PROBE: Duration = Duration::from_secs(10);
 /// How often nginx is asked whether the old answers are out.
 const POLL: Duration = Duration::from_micros(300);
 /// The gate stays this long after the last request left it: some are still on their way.
@@ -44,6 +49,9 @@ pub struct Report {
     /// The whole command.
     pub total_ms: f64,
     pub verified: u32,
+    /// What became of the sessions of the old slot, by TCP port and by long-lived path.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub sessions: Vec<Moved>,
 }
 
 /// Who asked, and why.
@@ -61,7 +69,7 @@ pub async fn run(
 ) -> Result<Report> {
     let start = Instant::now();
     let name = &service.name;
-    settle_killed(name)?;
+    settle_killed(service).await?;
     let from = pointer::read(name)?.slot();
     let state = State::read(name)?;
     let (old, new) = (release_of(&state, name, from)?, release_of(&state, name, to)?);
@@ -77,6 +85,7 @@ pub async fn run(
         hold_ms: 0.0,
         total_ms: 0.0,
         verified: 0,
+        sessions: Vec::new(),
     };
     if from == to {
         return Ok(report);
@@ -92,23 +101,35 @@ pub async fn run(
         detail,
     };
     audit::append(event("begun", String::new()))?;
+    let begun = jiff::Timestamp::now();
+    let change = |numbers| Change { begun, numbers, ..Change::default() };
     let gate = Gate::open(name)?;
     let result = hold_and_flip(service, &gate, from, to).await;
     let hold = match result {
         Ok(hold) => hold,
         Err(e) => {
-            audit::append(event("failed", e.what.clone()))?;
+            let written = audit::write(event("failed", e.what.clone()))?;
             linger(&gate).await;
+            report::write(&written, &change(BTreeMap::new()))?;
             return Err(e);
         }
     };
+    // Before the flip is written down: whoever finds it unwritten closes what is to be closed.
+    report.sessions = sessions::leave(service, from).await;
+    failpoint::reach("switch:cut");
     let mut state = state;
     state.activate(to);
     state.write(name)?;
     let verified = verify(service, to).await;
     linger(&gate).await;
-    audit::append(event(if verified.is_ok() { "done" } else { "unverified" }, held_text(&gate)))?;
-    report.verified = verified?;
+    let detail: Vec<String> = std::iter::once(held_text(&gate))
+        .chain(report.sessions.iter().filter_map(|m| m.text(from)))
+        .collect();
+    let outcome = if verified.is_ok() { "done" } else { "unverified" };
+    let written = audit::write(event(outcome, detail.join("; ")))?;
+    if verified.is_ok() {
+        sessions::wait(service, from, &mut report.sessions).await;
+    }
 
     let mut waits = Histogram::<u64>::new(3).map_err(|e| Code::Bug.err(e.to_string()))?;
     for wait in gate.waits() {
@@ -118,32 +139,44 @@ pub async fn run(
     report.held_p99_ms = waits.value_at_quantile(0.99) as f64 / 1000.0;
     report.held_max_ms = waits.max() as f64 / 1000.0;
     report.hold_ms = hold.as_secs_f64() * 1000.0;
+    let numbers = BTreeMap::from([
+        ("requests held", report.held.to_string()),
+        ("held, p99", format!("{:.1} ms", report.held_p99_ms)),
+        ("held, longest", format!("{:.1} ms", report.held_max_ms)),
+        ("from hold to release", format!("{:.1} ms", report.hold_ms)),
+    ]);
+    report::write(&written, &change(numbers))?;
+    report.verified = verified?;
     report.total_ms = start.elapsed().as_secs_f64() * 1000.0;
     Ok(report)
 }
 
 /// A zd that was killed in the middle of a switch left a hold, or a flip that was not written down. The
 /// pointer is the truth: what clients saw. Call it while holding the lock.
-pub fn settle_killed(service: &Name) -> Result<()> {
+pub async fn settle_killed(service: &Service) -> Result<()> {
+    let name = &service.name;
     let recovered = |detail: String| {
         audit::append(Event {
             verb: "switch",
             outcome: "recovered",
-            service: Some(service),
+            service: Some(name),
             detail,
             ..Event::default()
         })
     };
-    if pointer::release_stale_hold(service)? {
+    if pointer::release_stale_hold(name)? {
         recovered("a switch or a reload was killed half way; the slot that was active serves on".into())?;
     }
-    let active = pointer::read(service)?.slot();
-    let mut state = State::read(service)?;
+    let active = pointer::read(name)?.slot();
+    let mut state = State::read(name)?;
     if state.active != active {
+        let left = sessions::leave(service, active.other()).await;
         state.activate(active);
         state.unpublished = true;
-        state.write(service)?;
-        recovered(format!("a switch was killed after it had moved the traffic; {active} is active"))?;
+        state.write(name)?;
+        let what = format!("a switch was killed after it had moved the traffic; {active} is active");
+        let left = left.iter().filter_map(|m| m.text(active.other()));
+        recovered(std::iter::once(what).chain(left).collect::<Vec<_>>().join("; "))?;
     }
     Ok(())
 }
@@ -167,7 +200,7 @@ async fn check_standby(installed: &Installed, service: &Service, to: Slot) -> Re
             .err(what)
             .cure("nothing was changed; see `zd status`, deploy a version that works, then switch")
     };
-    for probe in health::probe(installed, service, to).await {
+    for probe in health::probe_all(installed, service, to).await {
         if !probe.healthy {
             return Err(bad(format!(
                 "{} {to} at {} is not healthy: {}",
@@ -199,10 +232,11 @@ async fn hold_and_flip(service: &Service, gate: &Gate, from: Slot, to: Slot) -> 
     let name = &service.name;
     let mut status = Status::open(name).await?;
     status.read().await?;
+    let mut in_flight = InFlight::new(service);
     let start = Instant::now();
     pointer::swap(name, Pointer::Held(from))?;
     failpoint::reach("switch:held");
-    let flipped = match drain(service, gate, &mut status, start).await {
+    let flipped = match drain(service, gate, &mut status, &mut in_flight, start).await {
         Ok(()) => pointer::swap(name, Pointer::Active(to)),
         Err(e) => Err(e),
     };
@@ -222,23 +256,38 @@ async fn hold_and_flip(service: &Service, gate: &Gate, from: Slot, to: Slot) -> 
     Ok(start.elapsed())
 }
 
-async fn drain(service: &Service, gate: &Gate, status: &mut Status, start: Instant) -> Result<()> {
+async fn drain(
+    service: &Service,
+    gate: &Gate,
+    status: &mut Status,
+    in_flight: &mut InFlight,
+    start: Instant,
+) -> Result<()> {
     let limit = Duration::from_millis(service.drain_ms.into());
     loop {
         // In this order, and only those that were there before nginx counted: one that arrives between
         // the two looks must not hide an old request. The status request counts itself.
         let arrived = gate.arrived();
         let old = status.read().await?.writing.saturating_sub(gate.waiting_of(arrived) as u64 + 1);
+        let old = old - in_flight.of(old);
         if old == 0 {
             return Ok(());
         }
         if start.elapsed() > limit {
-            return Err(Code::NotDrained
-                .err(format!(
-                    "{}: {old} requests of the old slot had no answer after {} ms; all went on to it, nothing changed",
-                    service.name, service.drain_ms
-                ))
-                .cure("try again at a quieter moment, or with more time: --drain 10s"));
+            let what = format!(
+                "{}: {old} requests of the old slot had no answer after {} ms; all went on to it, nothing changed",
+                service.name, service.drain_ms
+            );
+            return Err(match &in_flight.trouble {
+                None => Code::NotDrained
+                    .err(what)
+                    .cure("try again at a quieter moment, or with more time: --drain 10s"),
+                Some(why) => Code::NotDrained
+                    .err(format!(
+                        "{what}; long-lived ones are among them, for they cannot be told apart: {why}"
+                    ))
+                    .cure("try again when none is open, or `modprobe unix_diag` and try again"),
+            });
         }
         tokio::time::sleep(POLL).await;
     }
@@ -277,10 +326,19 @@ async fn verify(service: &Service, to: Slot) -> Result<u32> {
 
 /// Serving check of an install: clients get healthy answers from this slot.
 pub async fn serves(service: &Service, slot: Slot) -> Result<(), String> {
-    match http::get(local(service.listen), host_name(service), &service.health, PROBE).await {
-        Ok(a) if a.status == 200 && a.header("x-zd-slot") == Some(slot.as_str()) => Ok(()),
-        Ok(a) => Err(format!("status {} from {}", a.status, a.header("x-zd-slot").unwrap_or("nobody"))),
-        Err(why) => Err(why),
+    match answers(service).await? {
+        Some(from) if from == slot.as_str() => Ok(()),
+        from => Err(format!("status 200 from {}", from.as_deref().unwrap_or("nobody"))),
+    }
+}
+
+/// Clients get healthy answers; which slot they come from.
+pub async fn answers(service: &Service) -> Result<Option<String>, String> {
+    let answer = http::get(local(service.listen), host_name(service), &service.health, PROBE).await?;
+    let slot = answer.header("x-zd-slot").map(str::to_owned);
+    match answer.status {
+        200 => Ok(slot),
+        status => Err(format!("status {status} from {}", slot.as_deref().unwrap_or("nobody"))),
     }
 }
 

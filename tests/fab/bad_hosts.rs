@@ -46,10 +46,12 @@ fn bad_hosts_are_refused_before_anything_changes() {
         "perl",
         "-e",
         "open F, '+<', '/var/lib/dpkg/lock-frontend'; use Fcntl; \
-        my $l = pack('s s x!8 l! l! i', F_WRLCK, 0, 0, 0, 0); fcntl(F, F_SETLK, $l) or die; sleep 6",
+        my $l = pack('s s x!8 l! l! i', F_WRLCK, 0, 0, 0, 0); fcntl(F, F_SETLK, $l) or die; \
+        open L, '>', '/tmp/locked'; close L; sleep 60",
     ]);
-    std::thread::sleep(std::time::Duration::from_millis(700));
+    host.comes("test -e /tmp/locked");
     install(&[]).fails(5, "preflight", &["package manager", "perl"]);
+    host.sh("pkill perl; rm /tmp/locked");
     let _ = busy.wait();
 
     // Two plausible addresses and no route out.
@@ -65,7 +67,12 @@ fn bad_hosts_are_refused_before_anything_changes() {
 
     // A disk that fills in the middle, against the forecast: an error, and a way on.
     host.sh("mkdir -p /opt/zd && mount -t tmpfs -o size=480m tmpfs /opt/zd");
-    let said = host.run(&["sh", "-c", "(while [ ! -d /opt/zd/generations ]; do :; done; fallocate -l 440M /opt/zd/fill) & /stick/zd install; c=$?; wait; exit $c"]);
+    let said = host.run(&[
+        "sh",
+        "-c",
+        "/stick/zd install & p=$!; while [ ! -d /opt/zd/generations ]; do :; done; \
+             kill -STOP $p; fallocate -l 440M /opt/zd/fill; kill -CONT $p; wait $p",
+    ]);
     if said.code != 0 {
         assert!(said.err.contains("error[disk-full]") && said.code == 6, "{said:?}");
     } else {

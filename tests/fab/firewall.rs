@@ -3,7 +3,8 @@
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
-use crate::host::{Host, SERVICE, pack_with};
+use crate::host::{Host, Pack, SERVICE};
+use crate::tcp::TCP;
 
 const RULES: &str = "flush ruleset
 table inet filter {
@@ -19,13 +20,19 @@ table inet filter {
 #[test]
 #[ignore = "boots a host"]
 fn ports_are_opened_in_each_kind_of_firewall() {
-    let stick = pack_with("firewalls", &["ufw", "firewalld", "nftables"], SERVICE);
+    let stick = Pack {
+        folder: "firewalls",
+        extra: &["ufw", "firewalld", "nftables"],
+        service: &format!("{SERVICE}{TCP}"),
+        ..Pack::default()
+    }
+    .make();
     let host = Host::bare("firewall", &stick);
     // It would start with its package, and throw away the rules that dockerd has just made.
     host.sh("systemctl mask --quiet firewalld");
     host.run(&["/stick/zd", "-q", "install"]).ok();
     host.sh("systemctl unmask --quiet firewalld");
-    assert!(reachable(&host));
+    assert!(all_are(&host, true));
 
     host.sh("ufw --force enable");
     opened(&host, "ufw");
@@ -46,9 +53,10 @@ fn ports_are_opened_in_each_kind_of_firewall() {
         assert!(becomes(&host, true), "lasts over a {change}");
     }
     host.restart();
+    host.settles();
     let again = host.run(&["/stick/zd", "install", "--open-firewall", "--json"]).ok().json();
     assert_eq!(again["changed"], 0, "lasts over a boot: {again}");
-    assert!(reachable(&host));
+    assert!(all_are(&host, true));
 
     host.sh("systemctl stop zd-firewall");
     assert!(!host.sh("nft list ruleset").contains("zd 80"), "what was opened is closed again");
@@ -62,9 +70,13 @@ fn ports_are_opened_in_each_kind_of_firewall() {
 fn opened(host: &Host, kind: &str) {
     assert!(becomes(host, false), "{kind} keeps clients out");
     let told = host.run(&["/stick/zd", "install"]).ok();
-    assert!(told.err.contains(&format!("{kind} is active; clients need tcp 80")), "{}", told.err);
+    assert!(
+        told.err.contains(&format!("{kind} is active; clients need tcp 80, tcp 5000, tcp 5001")),
+        "{}",
+        told.err
+    );
     assert!(told.err.contains("--open-firewall"), "{}", told.err);
-    assert!(!reachable(host), "zd opens nothing unasked");
+    assert!(all_are(host, false), "zd opens nothing unasked");
     let opened = host.run(&["/stick/zd", "install", "--open-firewall", "--json"]).ok().json();
     assert!(opened["changed"].as_u64() > Some(0), "{opened}");
     assert!(becomes(host, true), "{kind} lets clients in");
@@ -75,7 +87,7 @@ fn opened(host: &Host, kind: &str) {
 /// firewalld is not yet, or no more, at work when its command has returned.
 fn becomes(host: &Host, wanted: bool) -> bool {
     let start = Instant::now();
-    while reachable(host) != wanted {
+    while !all_are(host, wanted) {
         if start.elapsed().as_secs() > 20 {
             return false;
         }
@@ -84,8 +96,10 @@ fn becomes(host: &Host, wanted: bool) -> bool {
     true
 }
 
-/// From another machine.
-fn reachable(host: &Host) -> bool {
-    let address = format!("{}:80", host.ip).parse().expect("an address");
-    TcpStream::connect_timeout(&address, Duration::from_secs(1)).is_ok()
+/// From another machine: every port that clients come to is open, or none.
+fn all_are(host: &Host, open: bool) -> bool {
+    [80, 5000, 5001].iter().all(|port| {
+        let address = format!("{}:{port}", host.ip).parse().expect("an address");
+        TcpStream::connect_timeout(&address, Duration::from_secs(1)).is_ok() == open
+    })
 }

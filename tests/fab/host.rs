@@ -3,8 +3,13 @@
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::OnceLock;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
+
+/// Between one connection and the next of a client that opens new ones all the time; at most four such clients at once.
+/// A closed connection keeps its local port for a minute, and there are 28,232 for each port of a host: 470 a second.
+pub const APART: Duration = Duration::from_millis(10);
 
 pub struct Host {
     pub name: String,
@@ -42,7 +47,7 @@ impl Said {
     }
 }
 
-fn root() -> &'static Path {
+pub fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
@@ -73,76 +78,149 @@ instances = 2
 health-timeout = 8
 "#;
 
-/// Packs all sample images; `service` is the manifest's service section. Returns the folder.
-pub fn pack(name: &str, service: &str) -> PathBuf {
-    pack_with(name, &[], service)
+/// A folder for the stick with all sample images.
+#[derive(Default)]
+pub struct Pack<'a> {
+    /// The folder, and the manifest's name where that is not given.
+    pub folder: &'a str,
+    pub name: Option<&'a str>,
+    pub version: Option<&'a str>,
+    /// The manifest's service section.
+    pub service: &'a str,
+    /// More OS packages.
+    pub extra: &'a [&'a str],
+    /// Packages in a later version (tests/fab/newer), and one among them that does not start.
+    pub newer: &'a [&'a str],
+    pub broken: &'a str,
+    /// A version of the sample image that is left out.
+    pub without: &'a str,
+    /// On the nomad engine, with its programs from here (`zd_stack`, `next_stack`).
+    pub releases: Option<(String, PathBuf)>,
 }
 
-/// As [`pack`], with more OS packages.
-pub fn pack_with(name: &str, extra: &[&str], service: &str) -> PathBuf {
-    pack_manifest(name, extra, "", service, &[])
+pub fn pack(folder: &str, service: &str) -> PathBuf {
+    Pack { folder, service, ..Pack::default() }.make()
 }
 
-/// As [`pack`], for the nomad engine. None, and loudly so, where its three programs are not to be had.
-pub fn pack_nomad(name: &str, service: &str) -> Option<PathBuf> {
-    let mirror = root().join("target/fab/binaries");
-    let found = Command::new(root().join("tests/fab/need")).arg("--stack").arg(&mirror).output();
-    let found = said(found.expect("tests/fab/need runs"));
+/// For the nomad engine. None, and loudly so, where its three programs are not to be had.
+pub fn pack_nomad(folder: &str, service: &str) -> Option<PathBuf> {
+    let releases = Some(zd_stack()?);
+    Some(Pack { folder, service, releases, ..Pack::default() }.make())
+}
+
+/// The nomad engine's programs as sections of a manifest, and the folder they are in.
+pub fn zd_stack() -> Option<(String, PathBuf)> {
+    stack_in(Command::new(root().join("tests/fab/need")), "binaries")
+}
+
+pub const PROGRAMS: [&str; 3] = ["nomad", "consul", "consul-template"];
+
+/// The same with `newer` in other bytes: later versions where $ZD_STACK_NEXT_DIR has them, else with one byte more
+/// behind their end; `broken` does not start.
+pub fn next_stack(folder: &str, newer: &[&str], broken: &str) -> Option<(String, PathBuf)> {
+    let (_, now) = zd_stack()?;
+    let later = std::env::var_os("ZD_STACK_NEXT_DIR").map(PathBuf::from);
+    let from = root().join("target/fab").join(format!("{folder}-from"));
+    let _ = std::fs::remove_dir_all(&from);
+    std::fs::create_dir_all(&from).expect("a folder");
+    for product in PROGRAMS {
+        let later = later.as_ref().map(|folder| folder.join(product)).filter(|path| path.is_file());
+        let present = || std::fs::read(now.join(product)).expect(product);
+        let bytes = match (newer.contains(&product), later) {
+            (false, _) => present(),
+            (true, Some(later)) => std::fs::read(later).expect(product),
+            (true, None) => [present().as_slice(), b"x"].concat(),
+        };
+        std::fs::write(from.join(product), bytes).expect(product);
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        std::fs::set_permissions(from.join(product), mode).expect(product);
+    }
+    let mut need = Command::new(root().join("tests/fab/need"));
+    need.env("ZD_STACK_DIR", &from);
+    let (sections, mirror) = stack_in(need, folder)?;
+    if !broken.is_empty() {
+        std::fs::write(mirror.join(broken), "#!/bin/sh\necho broken on purpose >&2\nexit 1\n").expect(broken);
+    }
+    Some((sections, mirror))
+}
+
+fn stack_in(mut need: Command, folder: &str) -> Option<(String, PathBuf)> {
+    let mirror = root().join("target/fab").join(folder);
+    let found = said(need.arg("--stack").arg(&mirror).output().expect("tests/fab/need runs"));
     if found.code != 0 {
         eprintln!("\n!!! SKIPPED: everything on the nomad engine: {}", found.err);
         return None;
     }
-    let releases = found.out;
-    let mirror = mirror.to_str().expect("text");
-    Some(pack_manifest(name, &[], "engine = \"nomad\"\n", &(releases + service), &["--mirror", mirror]))
+    Some((found.out, mirror))
 }
 
-fn pack_manifest(name: &str, extra: &[&str], top: &str, sections: &str, options: &[&str]) -> PathBuf {
-    let work = root().join("target/fab");
-    std::fs::create_dir_all(&work).expect("target/fab");
-    let zd = env!("CARGO_BIN_EXE_zd");
-    let key = work.join("zd.key");
-    if !key.exists() {
-        assert!(
-            Command::new(zd)
-                .args(["-q", "keygen", "--out"])
-                .arg(work.join("zd"))
-                .status()
-                .expect("zd")
-                .success()
+impl Pack<'_> {
+    pub fn make(&self) -> PathBuf {
+        let work = root().join("target/fab");
+        std::fs::create_dir_all(&work).expect("target/fab");
+        let zd = env!("CARGO_BIN_EXE_zd");
+        let key = work.join("zd.key");
+        if !key.exists() {
+            let made = Command::new(zd).args(["-q", "keygen", "--out"]).arg(work.join("zd")).status();
+            assert!(made.expect("zd").success());
+        }
+        let path = work.join(format!("{}.toml", self.folder));
+        std::fs::write(&path, self.manifest(&work)).expect("manifest");
+        let folder = work.join(self.folder);
+        let _ = std::fs::remove_dir_all(&folder);
+        let mut pack = Command::new(zd);
+        pack.args(["-q", "pack"]).arg(&path).arg("--key").arg(&key).arg("--out").arg(&folder);
+        if let Some((_, mirror)) = &self.releases {
+            pack.arg("--mirror").arg(mirror);
+        }
+        said(pack.output().expect("zd pack")).ok();
+        folder
+    }
+
+    fn manifest(&self, work: &Path) -> String {
+        let release = std::fs::read_to_string("/etc/os-release").expect("os-release");
+        let field = |key: &str| {
+            let line = release.lines().find_map(|l| l.strip_prefix(&format!("{key}="))).expect("field");
+            line.trim_matches('"').to_owned()
+        };
+        let (name, version) = (self.name.unwrap_or(self.folder), self.version.unwrap_or("1"));
+        let engine = if self.releases.is_some() { "nomad" } else { "docker" };
+        let sources = match self.newer {
+            [] => String::new(),
+            newer => {
+                let folder = work.join(format!("{}-newer", self.folder));
+                let mut made = Command::new(root().join("tests/fab/newer"));
+                let said = said(
+                    made.env("BROKEN", self.broken).arg(&folder).args(newer).output().expect("newer runs"),
+                )
+                .ok();
+                let path = folder.join("apt.sources");
+                std::fs::write(&path, said.out).expect("sources");
+                format!("sources = {path:?}\n")
+            }
+        };
+        let tcp = ["[[service.tcp]]", "[[service.long-lived]]"].iter().any(|s| self.service.contains(s));
+        let stream = if tcp { ", \"libnginx-mod-stream\"" } else { "" };
+        let mut manifest = format!(
+            "schema = 1\nname = \"{name}\"\nversion = \"{version}\"\nengine = \"{engine}\"\n\
+             [target]\nos = \"{}\"\nrelease = \"{}\"\n\
+             [packages]\ndocker = [\"docker.io\"]\nregistry = [\"docker-registry\"]\nnginx = [\"nginx-light\"{stream}]\n\
+             logrotate = [\"logrotate\"]\nextra = {:?}\n{sources}",
+            field("ID"),
+            field("VERSION_ID"),
+            self.extra,
         );
+        for tag in ["v1", "v2", "v3", "slow200", "slow3000", "lazy", "wrong", "sick", "dies", "deaf"] {
+            if tag == self.without {
+                continue;
+            }
+            manifest.push_str(&format!("[[image]]\nref = \"hello:{tag}\"\ndocker = \"hello:{tag}\"\n"));
+        }
+        if let Some((releases, _)) = &self.releases {
+            manifest.push_str(releases);
+        }
+        manifest + self.service
     }
-    let release = std::fs::read_to_string("/etc/os-release").expect("os-release");
-    let field = |key: &str| {
-        let line = release.lines().find_map(|l| l.strip_prefix(&format!("{key}="))).expect("field");
-        line.trim_matches('"').to_owned()
-    };
-    let mut manifest = format!(
-        "schema = 1\nname = \"{name}\"\nversion = \"1\"\n{top}[target]\nos = \"{}\"\nrelease = \"{}\"\n\
-         [packages]\ndocker = [\"docker.io\"]\nregistry = [\"docker-registry\"]\nnginx = [\"nginx-light\"]\n\
-         logrotate = [\"logrotate\"]\nextra = {extra:?}\n",
-        field("ID"),
-        field("VERSION_ID")
-    );
-    for tag in ["v1", "v2", "v3", "slow200", "slow3000", "lazy", "wrong", "sick", "dies"] {
-        manifest.push_str(&format!("[[image]]\nref = \"hello:{tag}\"\ndocker = \"hello:{tag}\"\n"));
-    }
-    manifest.push_str(sections);
-    let path = work.join(format!("{name}.toml"));
-    std::fs::write(&path, manifest).expect("manifest");
-    let folder = work.join(name);
-    let _ = std::fs::remove_dir_all(&folder);
-    let out = Command::new(zd)
-        .args(["-q", "pack"])
-        .args(options)
-        .arg(&path)
-        .arg("--key")
-        .arg(&key)
-        .arg("--out")
-        .arg(&folder)
-        .output();
-    said(out.expect("zd pack")).ok();
-    folder
 }
 
 /// The folder that most tests install from.
@@ -152,12 +230,20 @@ pub fn stick() -> &'static Path {
 }
 
 impl Host {
-    /// A freshly booted bare host with the folder at /stick.
-    pub fn bare(name: &str, stick: &Path) -> Self {
+    /// A freshly booted bare host.
+    pub fn booted(name: &str) -> Self {
         let name = format!("zd-fab-{name}");
         fab(&["down", &name]);
         let ip = fab(&["up", &name]).trim().to_owned();
         let host = Host { name, ip };
+        // As on a server: Docker lets everybody take low ports.
+        host.sh("echo 1024 >/proc/sys/net/ipv4/ip_unprivileged_port_start");
+        host
+    }
+
+    /// As [`Host::booted`], with the folder at /stick.
+    pub fn bare(name: &str, stick: &Path) -> Self {
+        let host = Self::booted(name);
         host.copy_in(stick, "/stick");
         host
     }
@@ -197,6 +283,16 @@ impl Host {
         self.run(&["sh", "-c", line]).ok().out
     }
 
+    /// Waits until this shell line is true.
+    #[track_caller]
+    pub fn comes(&self, line: &str) {
+        let start = Instant::now();
+        while self.run(&["sh", "-c", line]).code != 0 {
+            assert!(start.elapsed().as_secs() < 30, "does not come: {line}");
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+
     pub fn zd(&self, args: &[&str]) -> Said {
         self.run(&[&["zd"], args].concat())
     }
@@ -206,14 +302,30 @@ impl Host {
         Running(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("docker exec"))
     }
 
-    /// A load on the service from inside the host; no retries anywhere.
-    pub fn load(&self, rate: u32, seconds: u32, changes: usize, more: &[&str]) -> Running {
-        let (rate, time, changes) = (rate.to_string(), format!("{seconds}s"), changes.to_string());
+    /// A load on the service from inside the host until [`Host::clean`]; no retries anywhere.
+    pub fn load(&self, rate: u32, changes: usize, more: &[&str]) -> Running {
+        let (rate, time, changes) = (rate.to_string(), "20m", changes.to_string());
         let url = format!("http://{}/hello", self.ip);
-        let mut argv = vec!["zd", "-q", "loadtest", &url, "--rate", &rate, "--duration", &time];
+        let mut argv = vec!["zd", "-q", "loadtest", &url, "--rate", &rate, "--duration", time];
         argv.extend(["--expect-changes", &changes, "--json"]);
         argv.extend(more);
         self.spawn(&argv)
+    }
+
+    /// Ends a load a second after what it was to cover: nothing failed in it and no versions mixed. Its report.
+    #[track_caller]
+    pub fn clean(&self, load: Running) -> Value {
+        std::thread::sleep(Duration::from_secs(1));
+        self.sh("pkill -INT -f '^zd -q loadtest'");
+        clean(load)
+    }
+
+    /// All is well with clients for a while.
+    #[track_caller]
+    pub fn serves(&self) -> Value {
+        let load = self.load(100, 0, &[]);
+        std::thread::sleep(Duration::from_secs(1));
+        self.clean(load)
     }
 
     /// Every file of the host, and more; see tests/fab/README.md.
@@ -223,6 +335,24 @@ impl Host {
 
     pub fn restart(&self) {
         fab(&["restart", &self.name]);
+    }
+
+    /// What `zd status` finds other than recorded.
+    pub fn drift(&self) -> Value {
+        self.zd(&["status", "--json"]).ok().json()["drift"].clone()
+    }
+
+    /// Waits until everything is as recorded, and not for a moment only: containers count as healthy to zd
+    /// when they have lived for a second.
+    #[track_caller]
+    pub fn settles(&self) {
+        let (start, mut good) = (Instant::now(), 0);
+        while good < 2 {
+            let drift = self.drift();
+            good = if drift == serde_json::json!([]) { good + 1 } else { 0 };
+            assert!(start.elapsed().as_secs() < 90, "{drift}");
+            std::thread::sleep(Duration::from_millis(1200) * u32::from(good < 2));
+        }
     }
 
     /// Containers of the service: name, id and start time.
@@ -256,7 +386,7 @@ impl Running {
 
 /// The report of a load in which nothing failed and no versions mixed.
 #[track_caller]
-pub fn clean(load: Running) -> Value {
+fn clean(load: Running) -> Value {
     let said = load.wait();
     let report = said.json();
     let brief = format!(

@@ -1,8 +1,8 @@
 //! Install from the bundle alone, again, deploy, reboot, uninstall.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use crate::host::{Host, clean, differences, stick};
+use crate::host::{Host, differences, stick};
 
 #[test]
 #[ignore = "boots a host"]
@@ -36,7 +36,7 @@ fn install_deploy_switch_rollback_reboot_uninstall() {
     host.zd(&["uninstall", "--yes"]).ok();
     assert_eq!(
         host.sh("ls /var/lib/zd; ls /opt/zd /etc/zd 2>/dev/null || true"),
-        "audit.head\nreceipts\nregistry\nservices\n"
+        "audit.head\nreceipts\nregistry\nreports\nservices\n"
     );
     assert!(host.sh("command -v dockerd nginx docker-registry || echo none").contains("none"));
     host.run(&["/stick/zd", "-q", "install"]).ok();
@@ -96,12 +96,12 @@ fn everything_is_from_the_registry(host: &Host) {
 fn secrets_are_rotated(host: &Host) {
     let sums = || host.sh("cd /etc/zd && sha256sum tls/* registry/htpasswd registry/password registry/tls.*");
     let (before, containers) = (sums(), host.containers());
-    let load = host.load(300, 6, 0, &["--mode", "mixed"]);
+    let load = host.load(300, 0, &["--mode", "mixed"]);
     let report = host.zd(&["secrets", "rotate", "--dry-run", "--json"]).ok().json();
     assert_eq!(report["restarted"], serde_json::json!(["zd-registry"]));
     assert_eq!(sums(), before, "a dry run changes nothing");
     host.zd(&["secrets", "rotate", "--reason", "quarterly", "--yes"]).ok();
-    clean(load);
+    host.clean(load);
     assert!(sums().lines().all(|l| !before.contains(l)), "not rotated:\n{before}\n{}", sums());
     assert_eq!(host.containers(), containers);
     assert!(host.zd(&["doctor"]).ok().out.contains("is valid until"));
@@ -136,7 +136,7 @@ fn deploy_leaves_the_active_slot_alone(host: &Host) {
 fn switch_and_back(host: &Host) {
     let report = host.zd(&["switch", "--reason", "ticket 4712", "--json"]).ok().json();
     assert_eq!((&report["from"]["version"], &report["to"]["version"]), (&"v1".into(), &"v2".into()));
-    assert!(report["total_ms"].as_f64().unwrap() < 1000.0, "{report}");
+    assert!(report["total_ms"].as_f64().unwrap() < 5000.0, "{report}");
     assert!(report["to"]["digest"].as_str().unwrap().starts_with("sha256:"));
     let again = host.zd(&["switch", "--to", "green", "--json"]).ok().json();
     assert_eq!(again["changed"], false, "switch --to is no toggle");
@@ -184,7 +184,7 @@ fn rollback_restarts_what_was_replaced(host: &Host) {
 
 fn two_at_once(host: &Host) {
     let deploy = host.spawn(&["zd", "deploy", "lazy"]);
-    std::thread::sleep(std::time::Duration::from_millis(1000));
+    host.comes("grep -q '\"verb\":\"deploy\"' /run/zd/lock");
     host.zd(&["switch"]).fails(9, "locked", &["zd deploy", "process"]);
     deploy.wait().ok();
     host.zd(&["deploy", "v2"]).ok();
@@ -201,11 +201,11 @@ fn drift_is_shown(host: &Host) {
 }
 
 fn logs_are_rotated(host: &Host) {
-    let load = host.load(200, 4, 0, &[]);
+    let load = host.load(200, 0, &[]);
     // Grown at once, sparse; nginx appends to it all the same.
     host.sh("truncate -s 300M /var/log/zd/hello/access.log");
     host.sh("systemctl start zd-logrotate.service");
-    clean(load);
+    host.clean(load);
     let sizes = host.sh("cd /var/log/zd/hello && stat -c '%n %s' access.log access.log.1");
     let sizes: Vec<u64> = sizes.lines().map(|l| l.rsplit_once(' ').unwrap().1.parse().unwrap()).collect();
     assert!(sizes[0] > 1000 && sizes[0] < 1 << 20, "nginx writes to a new file: {sizes:?}");
@@ -224,17 +224,9 @@ fn reboot(host: &Host) {
             break said.json();
         }
         assert!(start.elapsed().as_secs() < 90, "does not serve after a reboot: {}", said.out);
-        std::thread::sleep(std::time::Duration::from_millis(500));
+        std::thread::sleep(Duration::from_millis(500));
     };
     println!("reboot: serving {:.1} s after `docker restart`", start.elapsed().as_secs_f32());
     assert_eq!(report["versions"]["v2"], 20, "the same slot as before");
-    let mut drift = String::new();
-    for _ in 0..40 {
-        drift = host.zd(&["status", "--json"]).ok().json()["drift"].to_string();
-        if drift == "[]" {
-            break;
-        }
-        std::thread::sleep(std::time::Duration::from_millis(500));
-    }
-    assert_eq!(drift, "[]");
+    host.settles();
 }

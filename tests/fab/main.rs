@@ -3,9 +3,18 @@
 
 mod host;
 
+mod backup;
 mod bad_hosts;
 mod crash;
 mod firewall;
 mod install;
+mod journal;
+mod long;
 mod nomad;
+mod ports;
+mod reconfigure;
+mod registry;
+mod signed;
+mod tcp;
 mod traffic;
+mod upgrade;

@@ -60,11 +60,16 @@ pub fn resolve(
 struct Apt {
     root: PathBuf,
     config: PathBuf,
+    /// Held while this state is used: another pack may have other sources.
+    _lock: fs::File,
 }
 
 impl Apt {
     fn prepare(packages: &Packages, target: &Target, cache: &Cache) -> Result<Self> {
         let root = cache.dir(&format!("apt/{target}"))?;
+        let lock = root.join("zd.lock");
+        let held = fs::File::create(&lock).at(&lock)?;
+        held.lock().at(&lock)?;
         for dir in
             ["lists/partial", "archives/partial", "none/partial", "etc/apt.conf.d", "etc/preferences.d"]
         {
@@ -99,7 +104,7 @@ impl Apt {
                  Acquire::Languages \"none\";\nAcquire::Retries \"3\";\nAPT::Sandbox::User \"root\";\n"
             ),
         )?;
-        Ok(Self { root, config })
+        Ok(Self { root, config, _lock: held })
     }
 
     fn command(&self, program: &str) -> Command {

@@ -2,15 +2,16 @@
 //!
 //! One thread per connection, std only. Each connection reads requests one after the other out of
 //! one buffer, so pipelined and partial reads need no special case; each answer is one write.
-//! What it does wrong, it does on request: see [`Config`].
+//! What it does wrong, it does on request: see [`Config`]. Besides /hello and /health it has what stays open for
+//! long: /poll, the same as /hello; /events, an answer without an end; /ws, which changes to another protocol.
 
-use std::io::{self, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// Enough for the few frames of a connection; thousands of idle ones stay cheap.
 const STACK: usize = 64 * 1024;
@@ -46,6 +47,9 @@ fn serve() -> Result<(), String> {
             std::process::exit(1);
         });
     }
+    if let Some(port) = config.tcp {
+        listen_for_lines(port, config.version.clone())?;
+    }
     let service = Arc::new(Service { config, started: Instant::now(), hellos: AtomicU64::new(0) });
     for stream in listener.incoming() {
         let accepted = stream.and_then(|stream| {
@@ -65,6 +69,30 @@ fn serve() -> Result<(), String> {
     Ok(())
 }
 
+/// The other kind of service: sessions that stay open. Each line is answered with the version.
+fn listen_for_lines(port: u16, version: String) -> Result<(), String> {
+    let listener =
+        TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).map_err(|e| format!("0.0.0.0:{port}: {e}"))?;
+    sys::deepen_backlog(&listener);
+    println!("hello {version} listens for lines on 0.0.0.0:{port}");
+    thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            let answer = format!("{version}\n");
+            let serve = move || -> io::Result<()> {
+                let mut lines = BufReader::new(stream.try_clone()?);
+                while lines.skip_until(b'\n')? > 0 {
+                    (&stream).write_all(answer.as_bytes())?;
+                }
+                Ok(())
+            };
+            if let Err(e) = thread::Builder::new().stack_size(STACK).spawn(serve) {
+                eprintln!("hello: a session was not taken: {e}");
+            }
+        }
+    });
+    Ok(())
+}
+
 /// What the environment asks for.
 struct Config {
     /// PORT
@@ -81,6 +109,8 @@ struct Config {
     unhealthy: bool,
     /// HELLO_EXIT_MS: dies after this long
     exit_after: Option<Duration>,
+    /// HELLO_TCP: listens here for lines as well; HELLO_DEAF=1: all the same not
+    tcp: Option<u16>,
 }
 
 impl Config {
@@ -95,7 +125,11 @@ impl Config {
             return Err(format!("HELLO_FAIL_PERCENT={fail_percent}: must be 0 to 100"));
         }
         Ok(Config {
-            port: u16::try_from(port).map_err(|_| format!("PORT={port}: must be 1 to 65535"))?,
+            port: port_of("PORT", port)?,
+            tcp: match (number("HELLO_TCP")?, number("HELLO_DEAF")?) {
+                (Some(port), None) => Some(port_of("HELLO_TCP", port)?),
+                _ => None,
+            },
             version,
             start: Duration::from_millis(number("HELLO_START_MS")?.unwrap_or(0)),
             delay_ms: number("HELLO_DELAY_MS")?.unwrap_or(0),
@@ -104,6 +138,10 @@ impl Config {
             exit_after: number("HELLO_EXIT_MS")?.map(Duration::from_millis),
         })
     }
+}
+
+fn port_of(name: &str, number: u64) -> Result<u16, String> {
+    u16::try_from(number).map_err(|_| format!("{name}={number}: must be 1 to 65535"))
 }
 
 /// A number out of the environment; unset and empty mean the same.
@@ -126,10 +164,11 @@ struct Service {
 impl Service {
     fn answer(&self, request: &Head, body: Option<u64>) -> Answer {
         let version = &self.config.version;
+        let began = now_us();
         let ready = self.started.elapsed() >= self.config.start;
         let (status, text) = match request.path() {
-            "/hello" if !ready => ("503 Service Unavailable", "starting\n".to_owned()),
-            "/hello" => {
+            "/hello" | "/poll" if !ready => ("503 Service Unavailable", "starting\n".to_owned()),
+            "/hello" | "/poll" => {
                 thread::sleep(Duration::from_millis(request.delay_ms().unwrap_or(self.config.delay_ms)));
                 if self.this_one_fails() {
                     ("500 Internal Server Error", format!("failure from {version}\n"))
@@ -143,6 +182,10 @@ impl Service {
             _ => ("404 Not Found", "not found\n".to_owned()),
         };
         let mut head = format!("X-Version: {version}\r\nX-Method: {}\r\n", request.method);
+        // All slots of a host have the same clock: whether two answers overlapped is exact, whoever asks.
+        if request.delay_ms().is_some() {
+            head.push_str(&format!("X-Began-Us: {began}\r\nX-Ended-Us: {}\r\n", now_us()));
+        }
         if let Some(bytes) = body {
             head.push_str(&format!("X-Body-Bytes: {bytes}\r\n"));
         }
@@ -155,6 +198,10 @@ impl Service {
         let share = self.config.fail_percent;
         n * share / 100 != (n + 1) * share / 100
     }
+}
+
+fn now_us() -> u128 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros())
 }
 
 struct Answer {
@@ -193,6 +240,7 @@ struct Head {
     body: Body,
     keep_alive: bool,
     expects_continue: bool,
+    upgrade: bool,
 }
 
 impl Head {
@@ -220,6 +268,7 @@ impl Head {
                 _ => return Err("505 HTTP Version Not Supported"),
             },
             expects_continue: false,
+            upgrade: false,
         };
         for line in lines {
             let (name, value) = line.split_once(':').ok_or(BAD)?;
@@ -244,6 +293,8 @@ impl Head {
                         head.keep_alive = true;
                     }
                 }
+            } else if name.eq_ignore_ascii_case("upgrade") {
+                head.upgrade = true;
             } else if name.eq_ignore_ascii_case("expect") {
                 head.expects_continue = value.eq_ignore_ascii_case("100-continue");
             }
@@ -294,11 +345,40 @@ impl Connection {
                 Body::Length(n) => Some(self.skip(n)?),
                 Body::Chunked => Some(self.skip_chunks()?),
             };
+            match head.path() {
+                "/events" => return self.tell(&head, service),
+                "/ws" if head.upgrade => return self.lines(service),
+                _ => {}
+            }
             let answer = service.answer(&head, body).bytes(&head);
             self.stream.write_all(&answer)?;
             if !head.keep_alive {
                 return Ok(());
             }
+        }
+        Ok(())
+    }
+
+    /// Says its version every `delay_ms`, by default each second, until the client has enough.
+    fn tell(mut self, head: &Head, service: &Service) -> io::Result<()> {
+        let version = &service.config.version;
+        let every = Duration::from_millis(head.delay_ms().unwrap_or(1000));
+        let start = format!("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nX-Version: {version}\r\n\r\n");
+        self.stream.write_all(start.as_bytes())?;
+        loop {
+            self.stream.write_all(format!("{:x}\r\n{version}\n\r\n", version.len() + 1).as_bytes())?;
+            thread::sleep(every);
+        }
+    }
+
+    /// Another protocol from here on, as a WebSocket is: each line is answered with the version.
+    fn lines(mut self, service: &Service) -> io::Result<()> {
+        let version = &service.config.version;
+        let switched = "HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: lines\r\n";
+        self.stream.write_all(format!("{switched}X-Version: {version}\r\n\r\n").as_bytes())?;
+        self.stream.set_read_timeout(None)?;
+        while self.until(b"\n")?.is_some() {
+            self.stream.write_all(format!("{version}\n").as_bytes())?;
         }
         Ok(())
     }

@@ -1,0 +1,198 @@
+//! A process that runs what is installed now. Packages replace programs on disk under processes that go on
+//! with those they have; each changes over in its own way, so that no client notices.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, kill_process};
+
+use super::{reload, switch};
+use crate::bundle::manifest::{Engine, Service};
+use crate::bundle::sources::cache::hash_file;
+use crate::error::{Code, OrCode, Result};
+use crate::host::config::Installed;
+use crate::host::docker::Docker;
+use crate::host::nginx::Status;
+use crate::host::registry::Registry;
+use crate::host::{nginx, nomad, paths, systemd, until};
+use crate::ids::Name;
+use crate::plan::Process;
+
+const READY: Duration = Duration::from_secs(30);
+const EVERY: Duration = Duration::from_millis(50);
+/// How long the new nginx is watched before the one before it goes for good.
+const SOAK: u32 = 20;
+
+/// Every process of packages on this host.
+pub fn all(installed: &Installed) -> impl Iterator<Item = Process> {
+    let services = installed.lock.services.iter().map(|s| Process::Nginx { service: s.name.clone() });
+    [Process::Registry, Process::Docker].into_iter().chain(services)
+}
+
+/// Whether it runs other bytes than those on disk, or not at all though it should.
+pub async fn is_stale(process: &Process) -> Result<bool> {
+    match process {
+        Process::Registry => is_unit_stale("zd-registry.service").await,
+        Process::Docker => {
+            Ok(is_unit_stale("docker.service").await? || is_unit_stale("containerd.service").await?)
+        }
+        Process::Nginx { service } => {
+            let Some(master) = nginx::master(service) else { return Ok(false) };
+            Ok(nginx::is_being_replaced(service)? || is_pid_stale(master)?)
+        }
+    }
+}
+
+async fn is_unit_stale(unit: &str) -> Result<bool> {
+    match systemd::main_pid(unit).await? {
+        Some(pid) => is_pid_stale(pid),
+        None => systemd::is_enabled(unit).await,
+    }
+}
+
+/// dpkg replaces by rename, so the program of a running process is then a deleted file (proc(5), exe), and so
+/// are its libraries (maps).
+fn is_pid_stale(pid: u32) -> Result<bool> {
+    let exe = PathBuf::from(format!("/proc/{pid}/exe"));
+    let Ok(link) = fs::read_link(&exe) else { return Ok(false) };
+    if let Some(path) = link.to_string_lossy().strip_suffix(" (deleted)") {
+        let installed = Path::new(path);
+        return Ok(!installed.exists() || hash_file(&exe)?.0 != hash_file(installed)?.0);
+    }
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap_or_default();
+    let library =
+        |line: &str| line.ends_with(" (deleted)") && (line.contains(" /usr/lib/") || line.contains(" /lib/"));
+    Ok(maps.lines().any(library))
+}
+
+pub async fn renew(process: &Process, installed: &Installed) -> Result<()> {
+    match process {
+        Process::Registry => {
+            systemd::restart("zd-registry.service").await?;
+            Registry::ready(&installed.host).await
+        }
+        Process::Docker => docker(installed.lock.engine).await,
+        Process::Nginx { service } => nginx_swap(installed.service(Some(service))?).await,
+    }
+}
+
+/// Containers live on under their shims (live-restore). Nomad is stopped meanwhile: its driver stops a container
+/// whose wait call fails.
+async fn docker(engine: Engine) -> Result<()> {
+    if engine == Engine::Nomad {
+        systemd::stop("nomad.service").await?;
+    }
+    for unit in ["containerd.service", "docker.service"] {
+        if is_unit_stale(unit).await? {
+            systemd::restart(unit).await?;
+        }
+    }
+    until(READY, EVERY, async || Docker::connect().await.map(drop)).await?;
+    if engine == Engine::Nomad {
+        systemd::start("nomad.service").await?;
+        nomad::set_up().await?;
+    }
+    Ok(())
+}
+
+/// nginx(8), "Upgrading an executable on the fly": USR2 starts the new one beside the old, WINCH retires the
+/// old one's workers, QUIT ends it; until then HUP brings it back.
+async fn nginx_swap(service: &Service) -> Result<()> {
+    let name = &service.name;
+    nginx::check(name).await?;
+    if let Some(before) = nginx::master_before(name)
+        && nginx::workers_of(before)?.is_empty()
+    {
+        signal(before, Signal::QUIT)?;
+        until(READY, EVERY, async || gone(name)).await?;
+    }
+    // A swap that was broken off: whichever runs what is installed stays.
+    if nginx::master_before(name).is_some() {
+        match nginx::master(name) {
+            Some(new) if !is_pid_stale(new)? => return finish(service, Status::open(name).await?).await,
+            _ => back(name).await?,
+        }
+    }
+    let Some(old) = nginx::master(name) else { return Ok(()) };
+    if !is_pid_stale(old)? {
+        return Ok(());
+    }
+    // From here on a connection may reach either; this one stays with the old one's workers.
+    let status = Status::open(name).await?;
+    signal(old, Signal::USR2)?;
+    let begun = async || {
+        let new = nginx::master(name).filter(|new| *new != old);
+        match (new, nginx::workers(name)) {
+            (Some(_), Ok(workers)) if !workers.is_empty() => Ok(()),
+            _ => Err(Code::Nginx
+                .err(format!("the new nginx of {name} does not start beside the old one"))
+                .cure("the old one serves on; see `zd logs nginx`")),
+        }
+    };
+    until(READY, EVERY, begun).await?;
+    finish(service, status).await
+}
+
+/// Takes the work from the old master's workers, looks whether the new one's do it, and lets the old one go.
+async fn finish(service: &Service, status: Status) -> Result<()> {
+    let name = &service.name;
+    let Some(old) = nginx::master_before(name) else { return Ok(()) };
+    reload::closing(name, status, async || {
+        signal(old, Signal::WINCH)?;
+        let retired = async || match nginx::workers_of(old)?.len() {
+            0 => Ok(()),
+            n => {
+                Err(Code::Nginx.err(format!("{n} workers of the old nginx of {name} still take connections")))
+            }
+        };
+        until(READY, EVERY, retired).await
+    })
+    .await?;
+    let active = super::pointer::read(name)?.slot();
+    for _ in 0..SOAK {
+        if let Err(why) = switch::serves(service, active).await {
+            back(name).await?;
+            return Err(Code::Nginx
+                .err(format!("the new nginx of {name} gives {why}; the old one serves again"))
+                .cure("see `zd logs nginx`"));
+        }
+        tokio::time::sleep(EVERY).await;
+    }
+    signal(old, Signal::QUIT)?;
+    // It waits for answers that are still on their way, and may do so for as long as they take.
+    let _ = until(READY, EVERY, async || gone(name)).await;
+    Ok(())
+}
+
+/// The old master's workers serve again, and the new one goes.
+async fn back(name: &Name) -> Result<()> {
+    let (Some(old), Some(new)) = (nginx::master_before(name), nginx::master(name)) else { return Ok(()) };
+    signal(old, Signal::HUP)?;
+    let serving = async || match nginx::workers_of(old)?.len() {
+        0 => Err(Code::Nginx.err(format!("the old nginx of {name} does not come back"))),
+        _ => Ok(()),
+    };
+    until(READY, EVERY, serving).await?;
+    reload::closing(name, Status::open(name).await?, async || signal(new, Signal::QUIT)).await?;
+    until(READY, EVERY, async || gone(name)).await
+}
+
+/// One of the two masters has ended: it does when its last answers and sessions have.
+fn gone(name: &Name) -> Result<()> {
+    match nginx::master_before(name) {
+        None => Ok(()),
+        Some(_) => Err(Code::Nginx
+            .err(format!("an nginx of {name} that was replaced still has answers or sessions"))
+            .cure(format!(
+                "see `systemctl status {}`; they end by themselves, at the latest with the next deploy to their slot",
+                paths::nginx_unit(name)
+            ))),
+    }
+}
+
+fn signal(pid: u32, signal: Signal) -> Result<()> {
+    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
+    let pid = pid.ok_or_else(|| Code::Bug.err("no process id"))?;
+    kill_process(pid, signal).or_code(Code::Nginx, "a signal to nginx")
+}
