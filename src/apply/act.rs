@@ -1,5 +1,6 @@
 //! Carrying out one step. Every action may find half of itself done by a run that was killed.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
@@ -8,11 +9,12 @@ use std::time::{Duration, Instant};
 use cap_std::fs::{Dir, OpenOptions, OpenOptionsExt};
 use serde_json::Value;
 
-use super::check::{backup, coming, tag, tool_program, untouched};
+use super::check::{backup, coming, consul_data, tag, tool_program, untouched};
 use crate::audit;
+use crate::backup::Backup;
 use crate::backup::index::{CONSUL_SNAPSHOT, NOMAD_SNAPSHOT};
 use crate::bundle::Bundle;
-use crate::bundle::manifest::Product;
+use crate::bundle::manifest::{Product, Service};
 use crate::bundle::sources::cache::hash_file;
 use crate::error::{At, Code, Result};
 use crate::host::config::Installed;
@@ -139,7 +141,10 @@ pub async fn act(step: &Step, host: &Host<'_>) -> Result<()> {
             resize_job(service, *slot, &named_as(job, &before.unwrap_or_default(), &coming(host)?.host)).await
         }
         Step::Key { key, value } => consul::set(&consul::zd()?, key, value).await,
-        Step::Job { service, slot, job, .. } => place_job(service, *slot, job).await,
+        Step::Job { service, slot, job, .. } => {
+            pull(images(job), &coming(host)?).await?;
+            place_job(service, *slot, job).await
+        }
         Step::RegistryReady => Registry::ready(&coming(host)?.host).await,
         Step::Push { image } => push(host, image).await,
         Step::Network { subnet } => Docker::connect().await?.create_network(subnet).await,
@@ -176,9 +181,15 @@ pub async fn act(step: &Step, host: &Host<'_>) -> Result<()> {
         Step::Firewall { kind, port } => kind.open(*port).await,
         Step::Restored(restored) => restore(host, restored).await,
         Step::Snapshot { product: Product::Consul } => {
+            as_node_of(backup(host)?).await?;
             consul::restore(snapshot(host, CONSUL_SNAPSHOT)?).await
         }
-        Step::Snapshot { .. } => nomad::restore(snapshot(host, NOMAD_SNAPSHOT)?).await,
+        Step::Snapshot { .. } => {
+            let installed = coming(host)?;
+            pull(saved_images(backup(host)?, &installed), &installed).await?;
+            nomad::restore(snapshot(host, NOMAD_SNAPSHOT)?).await?;
+            saved_jobs(backup(host)?, &installed)
+        }
         Step::RestoredLog => {
             for path in [paths::AUDIT, paths::AUDIT_HEAD].map(Path::new) {
                 put_aside(path).await?;
@@ -189,6 +200,64 @@ pub async fn act(step: &Step, host: &Host<'_>) -> Result<()> {
         }
         Step::Switched { service, slot } => switch_to(service, *slot).await,
     }
+}
+
+/// Consul begins again with the node id of the backup. Its raft knows a server by that: what was written under another
+/// id, or cannot be read, elects no leader.
+async fn as_node_of(backup: &Backup) -> Result<()> {
+    let unit = "consul.service";
+    copy_data(unit, &consul_data()).await?;
+    systemd::stop(unit).await?;
+    let folder = Path::new(paths::CONSUL_DATA);
+    hostfs::remove_tree(folder)?;
+    hostfs::make_dir(folder, 0o750, Some(paths::CONSUL_USER))?;
+    for entry in backup.index.files.iter() {
+        let path = Path::new("/").join(&entry.path);
+        if path.parent() == Some(folder) {
+            let bytes = backup.file(&path).unwrap_or_default();
+            hostfs::write_beneath(&path, bytes, entry.mode, entry.owner.as_deref())?;
+        }
+    }
+    systemd::start(unit).await
+}
+
+/// Images that Nomad is about to start. It would pull them itself, and the time that takes would be taken from that in
+/// which a slot must become healthy.
+async fn pull(images: impl IntoIterator<Item = String>, installed: &Installed) -> Result<()> {
+    let docker = Docker::connect().await?;
+    for image in images {
+        docker.ensure_image(&image, &installed.host).await?;
+    }
+    Ok(())
+}
+
+/// Image of each task of a job.
+fn images(job: &Value) -> BTreeSet<String> {
+    let list = |value: &Value, key: &str| value[key].as_array().cloned().unwrap_or_default();
+    let tasks = list(job, "TaskGroups").into_iter().flat_map(|group| list(&group, "Tasks"));
+    tasks.filter_map(|task| Some(task["Config"]["image"].as_str()?.to_owned())).collect()
+}
+
+/// What the slots of a backup hold.
+fn saved_images(backup: &Backup, installed: &Installed) -> BTreeSet<String> {
+    let services = installed.lock.services.iter();
+    let saved = services.filter_map(|service| Some((service, backup.index.service(&service.name)?)));
+    let image = |service: &Service, held: &Filled| installed.host.image(&service.image, &held.digest);
+    saved
+        .flat_map(|(service, saved)| saved.state.slots.values().map(move |held| image(service, held)))
+        .collect()
+}
+
+/// Nomad has the jobs of then again: it is those that somebody may change by hand.
+fn saved_jobs(backup: &Backup, installed: &Installed) -> Result<()> {
+    for service in &installed.lock.services {
+        for path in Slot::BOTH.map(|slot| paths::placed_job(&service.name, slot)) {
+            if let Some(bytes) = backup.file(&path).filter(|_| paths::service(&service.name).is_dir()) {
+                hostfs::write(&path, bytes, 0o600, None)?;
+            }
+        }
+    }
+    Ok(())
 }
 
 fn snapshot<'a>(host: &Host<'a>, name: &str) -> Result<&'a [u8]> {

@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -17,12 +18,16 @@ use crate::host::config::{HostConfig, Installed};
 use crate::host::docker::Docker;
 use crate::host::registry::Registry;
 use crate::host::secrets::Token;
-use crate::host::{Host, consul, fs as hostfs, nginx, nomad, packages, paths, systemd};
-use crate::ids::{Digest, Name};
+use crate::host::{Host, consul, fs as hostfs, nginx, nomad, packages, paths, systemd, until};
+use crate::ids::{Digest, Name, Slot};
 use crate::plan::slot::{named_as, same_content};
-use crate::plan::{Moved, Standing, Step, Text, Undo};
+use crate::plan::{DataCopy, Moved, Standing, Step, Text, Undo};
 use crate::service::state::{self, State};
 use crate::service::{health, pointer, renew, switch};
+
+/// How long a Consul or Nomad that has just started may take to elect its leader.
+const TELLS: Duration = Duration::from_secs(30);
+const EVERY: Duration = Duration::from_millis(200);
 
 pub async fn check(step: &Step, host: &Host<'_>) -> Result<Check> {
     let needed_unless =
@@ -113,7 +118,7 @@ pub async fn check(step: &Step, host: &Host<'_>) -> Result<Check> {
             let undo = Undo::StopUnit { name: name.clone(), was_enabled, was_active };
             needed_unless(was_enabled, undo)
         }
-        Step::Consul { .. } => needed_unless(consul::is_ready().await?, Undo::Nothing),
+        Step::Consul { .. } => needed_unless(consul::is_ready().await, Undo::Nothing),
         // The first token goes with it: a Nomad without data makes another.
         Step::Nomad => needed_unless(nomad::version().await.is_ok(), remove([Token::NomadManagement.path()])),
         Step::Pools { service } => {
@@ -163,7 +168,10 @@ pub async fn check(step: &Step, host: &Host<'_>) -> Result<Check> {
         Step::Job { service, slot, job, keep } => {
             let (service, slot) = (service.clone(), *slot);
             match registered(&paths::job(&service, slot), job, host).await {
-                Ok(Some((_, before))) if *keep && same_content(&before, job) => Check::Satisfied,
+                Ok(Some((_, before))) if *keep && same_content(&before, job) => {
+                    let undo = Undo::PutBackJob { service: service.clone(), slot, job: before };
+                    needed_unless(!others_run(&service, slot, job, host).await, undo)
+                }
                 Ok(Some((differs, before))) => {
                     needed_unless(!differs, Undo::PutBackJob { service, slot, job: before })
                 }
@@ -247,12 +255,18 @@ pub async fn check(step: &Step, host: &Host<'_>) -> Result<Check> {
             let unit = restored.unit.clone();
             needed_unless(same && new.is_empty(), Undo::PutBackFiles { files, new, unit })
         }
-        Step::Snapshot { product } => {
-            let known = match product {
-                Product::Consul => consul::is_ready().await?,
-                _ => nomad::knows_token().await,
+        Step::Snapshot { product: Product::Consul } => {
+            let undo = Undo::PutBackDaemon {
+                unit: "consul.service".into(),
+                files: Vec::new(),
+                was_enabled: true,
+                was_active: true,
+                data: Some(consul_data()),
             };
-            needed_unless(known, Undo::Nothing)
+            needed_unless(knows("consul.service", consul::knows_tokens).await?, undo)
+        }
+        Step::Snapshot { .. } => {
+            needed_unless(knows("nomad.service", nomad::knows_token).await?, Undo::Nothing)
         }
         Step::RestoredLog => {
             let log = Path::new(paths::AUDIT);
@@ -282,6 +296,17 @@ pub async fn check(step: &Step, host: &Host<'_>) -> Result<Check> {
     })
 }
 
+/// Whether a daemon knows zd's tokens, when it says so: one that has just started does not, nor says that it does not.
+async fn knows(unit: &str, ask: impl AsyncFnMut() -> Result<bool>) -> Result<bool> {
+    Ok(systemd::is_active(unit).await? && until(TELLS, EVERY, ask).await.unwrap_or(false))
+}
+
+/// What Consul wrote before a snapshot is put back.
+pub fn consul_data() -> DataCopy {
+    let copy = Path::new(paths::BEFORE).join(Product::Consul.as_str());
+    DataCopy { folders: vec![paths::CONSUL_DATA.into()], copy }
+}
+
 pub fn backup<'a>(host: &Host<'a>) -> Result<&'a Backup> {
     host.backup.ok_or_else(|| Code::Bug.err("a step needs a backup and there is none"))
 }
@@ -302,6 +327,13 @@ pub async fn untouched(containers: &[Standing]) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Whether a slot's containers run another image than its job, which a restored Nomad knows from its snapshot. It does
+/// not know them, and would not get their addresses.
+async fn others_run(service: &Name, slot: Slot, job: &Value, host: &Host<'_>) -> bool {
+    let found = docker(|d| async move { d.of_slot(service, slot).await }).await.unwrap_or_default();
+    host.backup.is_some() && found.iter().any(|c| job["Meta"]["zd_digest"] != *c.digest)
 }
 
 /// The job as Nomad has it, and whether `wanted` would change it; None where there is none.

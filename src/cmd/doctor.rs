@@ -81,7 +81,7 @@ async fn installed_findings(installed: &Installed, facts: &Facts) -> Result<Vec<
     }
     match audit::read() {
         Ok(records) => {
-            found.extend(records.last().and_then(|r| clock_set_back(r.at, facts.now)));
+            found.extend(records.iter().map(|r| r.at).max().and_then(|at| clock_set_back(at, facts.now)));
             found.push(match audit::signed_by() {
                 Ok(key) => {
                     let signed = key.map(|key| format!("signed with key {key}, ")).unwrap_or_default();
@@ -148,7 +148,7 @@ fn clock_set_back(recorded: Timestamp, now: Timestamp) -> Option<Finding> {
     (now < recorded).then(|| {
         Finding::bad(
             "clock",
-            format!("this host says {now}, its own last record is of {recorded}: the clock was set back"),
+            format!("this host says {now}, its own latest record is of {recorded}: the clock was set back"),
             preflight::SET_CLOCK,
         )
     })

@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use crate::assets;
 use crate::bundle::lock::{self, Deb, Image, Lock, Role};
-use crate::bundle::manifest::{FileSource, Manifest, Service, Target};
+use crate::bundle::manifest::{FileSource, Manifest, Packages, Service, Target};
 use crate::bundle::signature::{Key, Signer};
 use crate::bundle::sources::cache::{Cache, hash, hash_file};
 use crate::bundle::sources::place::Place;
@@ -71,6 +71,7 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
     let target = &manifest.target;
     let (apt_index, debs) = apt::resolve(&manifest.packages, target, &cache, &mut blobs, ui)?;
     require_stream(&manifest.services, &debs)?;
+    require_apparmor(&manifest.packages, &debs)?;
     if !debs.is_empty() {
         ui.done(format!("{} packages for {target}", debs.len()));
     }
@@ -171,6 +172,20 @@ fn require_stream(services: &[Service], debs: &[Deb]) -> Result<()> {
             .cure(format!("add it: [packages] nginx = [\"nginx-light\", \"{MODULE}\"]"))),
         _ => Ok(()),
     }
+}
+
+/// Where the kernel has AppArmor, as Debian's and Ubuntu's do, Docker starts no container without its parser, which
+/// its package only recommends.
+fn require_apparmor(packages: &Packages, debs: &[Deb]) -> Result<()> {
+    const PARSER: &str = "apparmor";
+    if packages.docker.is_empty() || debs.iter().any(|d| d.name == PARSER) {
+        return Ok(());
+    }
+    Err(Code::Manifest
+        .err(format!(
+            "docker: no package brings {PARSER}, without which it starts no container on most hosts"
+        ))
+        .cure(format!("add it: [packages] docker = [\"docker.io\", \"{PARSER}\"]")))
 }
 
 async fn resolve_file(

@@ -71,9 +71,19 @@ impl Api {
         Self { client: self.client.clone(), server: self.server, token: Some(token.to_owned()) }
     }
 
-    /// Whether the token that it is asked with is one: Consul and Nomad tell at the same path.
+    /// Whether the token that it is asked with is one: Consul and Nomad tell at the same path. Without a leader, or
+    /// before their ACL has begun, they do not tell.
+    pub async fn tells_token(&self) -> Result<bool> {
+        const PATH: &str = "/v1/acl/token/self";
+        let reply = self.send(Method::GET, PATH, None::<&()>).await?;
+        match reply.status {
+            StatusCode::FORBIDDEN | StatusCode::NOT_FOUND => Ok(false),
+            _ => Ok(!self.success(PATH, reply)?.is_null()),
+        }
+    }
+
     pub async fn knows_token(&self) -> bool {
-        self.get("/v1/acl/token/self").await.is_ok_and(|token| !token.is_null())
+        self.tells_token().await.unwrap_or(false)
     }
 
     pub async fn send(&self, method: Method, path: &str, body: Option<&impl Serialize>) -> Result<Reply> {

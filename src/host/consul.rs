@@ -41,10 +41,15 @@ fn policies(node: &str) -> [(Token, String); 4] {
 }
 
 /// Leader elected, every token accepted.
-pub async fn is_ready() -> Result<bool> {
+pub async fn is_ready() -> bool {
+    knows_tokens().await.unwrap_or(false)
+}
+
+/// Every token accepted; an error where Consul does not tell.
+pub async fn knows_tokens() -> Result<bool> {
     for (token, _) in policies("") {
         let Ok(secret) = secrets::token(token) else { return Ok(false) };
-        if !Api::consul(Some(secret))?.knows_token().await {
+        if !Api::consul(Some(secret))?.tells_token().await? {
             return Ok(false);
         }
     }
@@ -62,7 +67,7 @@ pub async fn restore(snapshot: &[u8]) -> Result<()> {
     wait(&api).await?;
     api.upload(SNAPSHOT, snapshot).await?;
     let unknown = || Code::Stack.err("Consul does not know the tokens of the backup").cure("zd logs consul");
-    until(READY, EVERY, async || is_ready().await?.then_some(()).ok_or_else(unknown)).await
+    until(READY, EVERY, async || is_ready().await.then_some(()).ok_or_else(unknown)).await
 }
 
 /// Waits for the leader and brings the ACL about: one policy and one token for each user of Consul.

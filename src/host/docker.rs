@@ -209,7 +209,8 @@ impl Docker {
         Ok(())
     }
 
-    async fn ensure_image(&self, image: &str, host: &HostConfig) -> Result<()> {
+    /// Pulls an image that Docker has not.
+    pub async fn ensure_image(&self, image: &str, host: &HostConfig) -> Result<()> {
         if self.0.inspect_image(image).await.is_ok() {
             return Ok(());
         }

@@ -52,10 +52,10 @@ pub async fn snapshot() -> Result<Vec<u8>> {
     connect()?.download(SNAPSHOT).await
 }
 
-/// It has a leader and knows the token in our file.
-pub async fn knows_token() -> bool {
-    let Ok(api) = connect() else { return false };
-    api.knows_token().await
+/// It has a leader and knows the token in our file; an error where it does not tell.
+pub async fn knows_token() -> Result<bool> {
+    let Ok(api) = connect() else { return Ok(false) };
+    api.tells_token().await
 }
 
 /// Puts a snapshot back. A Nomad that has just begun is entered by a first token, which the snapshot forgets.
@@ -64,7 +64,7 @@ pub async fn restore(snapshot: &[u8]) -> Result<()> {
     let first = systemd::until_serving(UNIT, READY, EVERY, enter).await?;
     Api::nomad(Some(first))?.upload(SNAPSHOT, snapshot).await?;
     let unknown = || Code::Stack.err("Nomad does not know the token of the backup").cure("zd logs nomad");
-    until(READY, EVERY, async || knows_token().await.then_some(()).ok_or_else(unknown)).await
+    until(READY, EVERY, async || knows_token().await?.then_some(()).ok_or_else(unknown)).await
 }
 
 fn reset(index: &str) -> Result<()> {

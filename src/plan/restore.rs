@@ -122,7 +122,8 @@ impl Way<'_> {
             let held = self.now.containers.get(&at).and_then(|found| filled(found.first()?));
             self.record(at, &held.unwrap_or_else(|| of(at).cloned().unwrap_or_else(|_| serving.clone())));
         }
-        if at == active && !self.holds(active, serving) {
+        // Where nothing runs there is nothing to keep serving.
+        if at == active && self.runs(active) && !self.holds(active, serving) {
             self.fill(active.other(), serving)?;
             at = active.other();
             self.steps.push(Step::Switched { service: name.clone(), slot: at });
@@ -138,6 +139,10 @@ impl Way<'_> {
     fn before(&self) -> u8 {
         let counted = self.now.containers.values().flatten().map(|c| c.instance).max();
         self.now.state.instances.or(counted).unwrap_or(self.service.instances)
+    }
+
+    fn runs(&self, slot: Slot) -> bool {
+        self.now.containers.get(&slot).is_some_and(|found| found.iter().any(|c| c.running))
     }
 
     /// Those that are there now, as many as shall be, run this.

@@ -37,7 +37,6 @@ impl Builder<'_> {
         self.push(Step::User { name: CONSUL_USER.into(), home: paths::CONSUL_DATA.into() });
         self.owned_dir(paths::CONSUL_DATA, 0o750, CONSUL_USER, Keep::Ours);
         self.owned_dir(etc, 0o750, CONSUL_USER, Keep::Ours);
-        self.saved_files("node id of Consul", Path::new(paths::CONSUL_DATA), Some("consul.service"));
         for token in Token::CONSUL {
             self.secret(Secret::Token(token), "consul.service");
         }

@@ -28,6 +28,7 @@ use crate::report::{self, Change};
 const VERIFY: u32 = 10;
 /// An answer through nginx that takes longer is none. A request that is held waits as long as the drain takes.
 const PROBE: Duration = Duration::from_secs(10);
+const ASK_AGAIN: Duration = Duration::from_millis(100);
 /// How often nginx is asked whether the old answers are out.
 const POLL: Duration = Duration::from_micros(300);
 /// The gate stays this long after the last request left it: some are still on their way.
@@ -209,10 +210,17 @@ async fn check_standby(installed: &Installed, service: &Service, to: Slot) -> Re
         }
     }
     let entry = local(service.standby_listen);
-    for _ in 0..service.instances {
+    // Whom nginx once found failing it leaves alone for this long, and so it would the clients' requests.
+    let again = Instant::now() + Duration::from_secs(u64::from(service.fail_timeout) + 1);
+    let mut passed = 0;
+    while passed < service.instances {
         let answer = http::get(entry, host_name(service), &service.health, PROBE).await;
+        let of_slot = answer.as_ref().is_ok_and(|a| a.header("x-zd-slot") == Some(to.as_str()));
         match answer {
-            Ok(a) if a.status == 200 && a.header("x-zd-slot") == Some(to.as_str()) => {}
+            Ok(a) if a.status == 200 && of_slot => passed += 1,
+            Ok(a) if a.status == 502 && of_slot && Instant::now() < again => {
+                tokio::time::sleep(ASK_AGAIN).await;
+            }
             Ok(a) => {
                 return Err(bad(format!(
                     "the standby entry {entry} answers status {} from {}, expected 200 from {to}",

@@ -24,8 +24,8 @@ fn sticks(name: &str, releases: Option<(String, PathBuf)>, keys: &Path) -> [Path
 }
 
 /// Key pairs for backups: the one that is used, and another.
-fn keys() -> PathBuf {
-    let folder = root().join("target/fab/backup-keys");
+fn keys(name: &str) -> PathBuf {
+    let folder = root().join("target/fab").join(format!("{name}-keys"));
     let _ = std::fs::remove_dir_all(&folder);
     std::fs::create_dir_all(&folder).expect("a folder");
     for name in ["site", "other"] {
@@ -191,7 +191,7 @@ fn full_stack_backed_up_and_restored() {
 }
 
 fn there_and_back(name: &str, releases: Option<(String, PathBuf)>) {
-    let keys = keys();
+    let keys = keys(name);
     let nomad = releases.is_some();
     let sticks = sticks(name, releases, &keys);
     let start = Instant::now();
@@ -260,6 +260,7 @@ fn there_and_back(name: &str, releases: Option<(String, PathBuf)>) {
     println!("refused and found the same: {:.1} s", start.elapsed().as_secs_f32());
 
     same_host(&host, &whole);
+    another_version_and_no_stack(&host, &whole, nomad);
     let ip = host.ip.clone();
     host.settles();
     drop(host);
@@ -303,6 +304,32 @@ fn same_host(host: &Host, whole: &str) {
     host.zd(&["deploy", "v1"]).ok();
     host.zd(&["deploy", "v2"]).ok();
     assert!(history(host).iter().any(|r| r["verb"] == "restore" && r["reason"] == "ticket 5"));
+}
+
+/// Both slots hold what the backup does not, so that all traffic goes to the standby and back; on the nomad engine
+/// Consul and Nomad have lost all that they knew, and what serves is not Nomad's any more.
+fn another_version_and_no_stack(host: &Host, whole: &str, nomad: bool) {
+    for _ in ["green", "blue"] {
+        host.zd(&["deploy", "v1"]).ok();
+        host.zd(&["switch"]).ok();
+    }
+    let load = host.load(300, 1, &["--mode", "mixed", "--method", "mixed"]);
+    if nomad {
+        host.sh("systemctl stop nomad consul; umount /var/lib/zd/nomad/alloc/*/*/secrets; \
+             rm -r /var/lib/zd/nomad/* /var/lib/zd/consul/*; systemctl start consul nomad");
+        host.comes("zd status | grep 'Consul answers .*ACL not found'");
+        host.comes("zd status | grep 'Nomad answers .*ACL token not found'");
+    }
+    let start = Instant::now();
+    restore(host, "zd", "/backups/good", &["--json"]).ok();
+    println!("by way of the standby: {:.1} s", start.elapsed().as_secs_f32());
+    let seen = host.clean(load);
+    assert!(seen["versions"]["v1"].is_number() && seen["versions"]["v2"].is_number(), "{}", seen["versions"]);
+    has(whole, &inventory(host));
+    host.settles();
+    assert_eq!(restore(host, "zd", "/backups/good", &["--json"]).ok().json()["changed"], 0);
+    host.zd(&["deploy", "v1"]).ok();
+    host.zd(&["deploy", "v3"]).ok();
 }
 
 /// Another machine gets the address, the stick and the backup.

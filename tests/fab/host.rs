@@ -110,7 +110,9 @@ pub fn pack_nomad(folder: &str, service: &str) -> Option<PathBuf> {
 
 /// The nomad engine's programs as sections of a manifest, and the folder they are in.
 pub fn zd_stack() -> Option<(String, PathBuf)> {
-    stack_in(Command::new(root().join("tests/fab/need")), "binaries")
+    static STACK: OnceLock<Result<(String, PathBuf), String>> = OnceLock::new();
+    let found = STACK.get_or_init(|| stack_in(Command::new(root().join("tests/fab/need")), "binaries"));
+    found.clone().inspect_err(|why| eprintln!("\n!!! SKIPPED: everything on the nomad engine: {why}")).ok()
 }
 
 pub const PROGRAMS: [&str; 3] = ["nomad", "consul", "consul-template"];
@@ -137,21 +139,17 @@ pub fn next_stack(folder: &str, newer: &[&str], broken: &str) -> Option<(String,
     }
     let mut need = Command::new(root().join("tests/fab/need"));
     need.env("ZD_STACK_DIR", &from);
-    let (sections, mirror) = stack_in(need, folder)?;
+    let (sections, mirror) = stack_in(need, folder).expect("as it was for zd_stack");
     if !broken.is_empty() {
         std::fs::write(mirror.join(broken), "#!/bin/sh\necho broken on purpose >&2\nexit 1\n").expect(broken);
     }
     Some((sections, mirror))
 }
 
-fn stack_in(mut need: Command, folder: &str) -> Option<(String, PathBuf)> {
+fn stack_in(mut need: Command, folder: &str) -> Result<(String, PathBuf), String> {
     let mirror = root().join("target/fab").join(folder);
     let found = said(need.arg("--stack").arg(&mirror).output().expect("tests/fab/need runs"));
-    if found.code != 0 {
-        eprintln!("\n!!! SKIPPED: everything on the nomad engine: {}", found.err);
-        return None;
-    }
-    Some((found.out, mirror))
+    if found.code == 0 { Ok((found.out, mirror)) } else { Err(found.err) }
 }
 
 impl Pack<'_> {
@@ -159,17 +157,21 @@ impl Pack<'_> {
         let work = root().join("target/fab");
         std::fs::create_dir_all(&work).expect("target/fab");
         let zd = env!("CARGO_BIN_EXE_zd");
-        let key = work.join("zd.key");
-        if !key.exists() {
-            let made = Command::new(zd).args(["-q", "keygen", "--out"]).arg(work.join("zd")).status();
-            assert!(made.expect("zd").success());
-        }
+        static KEY: OnceLock<PathBuf> = OnceLock::new();
+        let key = KEY.get_or_init(|| {
+            let key = work.join("zd.key");
+            if !key.exists() {
+                let made = Command::new(zd).args(["-q", "keygen", "--out"]).arg(work.join("zd")).status();
+                assert!(made.expect("zd").success());
+            }
+            key
+        });
         let path = work.join(format!("{}.toml", self.folder));
         std::fs::write(&path, self.manifest(&work)).expect("manifest");
         let folder = work.join(self.folder);
         let _ = std::fs::remove_dir_all(&folder);
         let mut pack = Command::new(zd);
-        pack.args(["-q", "pack"]).arg(&path).arg("--key").arg(&key).arg("--out").arg(&folder);
+        pack.args(["-q", "pack"]).arg(&path).arg("--key").arg(key).arg("--out").arg(&folder);
         if let Some((_, mirror)) = &self.releases {
             pack.arg("--mirror").arg(mirror);
         }
@@ -204,7 +206,7 @@ impl Pack<'_> {
         let mut manifest = format!(
             "schema = 1\nname = \"{name}\"\nversion = \"{version}\"\nengine = \"{engine}\"\n\
              [target]\nos = \"{}\"\nrelease = \"{}\"\n\
-             [packages]\ndocker = [\"docker.io\"]\nregistry = [\"docker-registry\"]\nnginx = [\"nginx-light\"{stream}]\n\
+             [packages]\ndocker = [\"docker.io\", \"apparmor\"]\nregistry = [\"docker-registry\"]\nnginx = [\"nginx-light\"{stream}]\n\
              logrotate = [\"logrotate\"]\nextra = {:?}\n{sources}",
             field("ID"),
             field("VERSION_ID"),
