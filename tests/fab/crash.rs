@@ -1,13 +1,27 @@
 //! kill -9 of zd: in the middle of switches, and after every journal entry of an install.
 
+use std::path::Path;
 use std::time::Duration;
 
-use crate::host::{Host, differences, stick};
+use crate::host::{Host, differences, stack, stick};
 
 #[test]
 #[ignore = "boots a host"]
 fn killed_in_the_middle_of_a_switch() {
-    let host = Host::installed("killed");
+    switches_killed(&Host::installed("killed"));
+}
+
+#[test]
+#[ignore = "boots a host"]
+fn full_stack_killed_in_the_middle_of_a_switch() {
+    let Some(stick) = stack() else { return };
+    let host = Host::bare("killed-nomad", stick);
+    host.run(&["/stick/zd", "-q", "install", "--ip", "auto"]).ok();
+    switches_killed(&host);
+    host.settles();
+}
+
+fn switches_killed(host: &Host) {
     host.zd(&["deploy", "v2"]).ok();
     // How long a switch takes decides where the random moments lie.
     let whole = host.zd(&["switch", "--json"]).ok().json()["total_ms"].as_f64().unwrap();
@@ -87,9 +101,21 @@ fn install_dying_at(host: &Host, entry: u32) -> i32 {
 #[test]
 #[ignore = "boots a host"]
 fn install_killed_after_every_journal_entry_and_run_again() {
-    let reference = Host::installed("whole");
+    run_again("", stick());
+}
+
+#[test]
+#[ignore = "boots a host"]
+fn full_stack_install_killed_after_every_journal_entry_and_run_again() {
+    let Some(stick) = stack() else { return };
+    run_again("-nomad", stick);
+}
+
+fn run_again(engine: &str, stick: &Path) {
+    let reference = Host::bare(&format!("whole{engine}"), stick);
+    reference.run(&["/stick/zd", "-q", "install", "--ip", "auto"]).ok();
     let wanted = comparable(&reference.picture());
-    let host = Host::bare("resumed", stick());
+    let host = Host::bare(&format!("resumed{engine}"), stick);
     // Each run dies at the first entry it writes: together they die once after every entry.
     let mut kills = 0;
     while install_dying_at(&host, 1) != 0 {
@@ -136,14 +162,25 @@ fn comparable(picture: &str) -> String {
 #[test]
 #[ignore = "boots a host"]
 fn install_killed_and_undone() {
-    let host = Host::bare("undone", stick());
+    undone(&Host::bare("undone", stick()), 1);
+}
+
+#[test]
+#[ignore = "boots a host"]
+fn full_stack_install_killed_and_undone() {
+    let Some(stick) = stack() else { return };
+    // What comes before Consul is what the other engine does.
+    undone(&Host::bare("undone-nomad", stick), 100);
+}
+
+fn undone(host: &Host, first: u32) {
     let before = host.picture();
-    // A whole run first tells how many entries there are; --long dies after every one of them.
+    // --long dies after every entry.
     let long = std::env::var_os("ZD_TEST_LONG").is_some();
-    let mut entry = 1;
+    let mut entry = first;
     let mut tried = 0;
     loop {
-        if install_dying_at(&host, entry) == 0 {
+        if install_dying_at(host, entry) == 0 {
             break;
         }
         let undone = host.zd_or_stick(&["-q", "undo", "--yes"]);

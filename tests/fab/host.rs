@@ -231,6 +231,13 @@ pub fn stick() -> &'static Path {
     STICK.get_or_init(|| pack("fab", SERVICE))
 }
 
+/// The same on the nomad engine.
+pub fn stack() -> Option<&'static Path> {
+    static STICK: OnceLock<PathBuf> = OnceLock::new();
+    zd_stack()?;
+    Some(STICK.get_or_init(|| pack_nomad("stack", SERVICE).expect("as it was for zd_stack")))
+}
+
 impl Host {
     /// A freshly booted bare host.
     pub fn booted(name: &str) -> Self {

@@ -2,15 +2,15 @@
 
 use std::time::{Duration, Instant};
 
-use crate::host::{Host, SERVICE, differences, pack_nomad};
+use crate::host::{Host, SERVICE, differences, pack_nomad, stack};
 use crate::ports::seen_from_another_host;
 use crate::traffic::scales;
 
 #[test]
 #[ignore = "boots a host"]
 fn full_stack() {
-    let Some(stick) = pack_nomad("stack", SERVICE) else { return };
-    let host = Host::bare("stack", &stick);
+    let Some(stick) = stack() else { return };
+    let host = Host::bare("stack", stick);
     let before = host.picture();
 
     let start = Instant::now();
@@ -83,8 +83,8 @@ fn secured(host: &Host) {
 #[test]
 #[ignore = "boots a host"]
 fn nomad_says_why_a_job_does_not_run() {
-    let Some(stick) = pack_nomad("stack", SERVICE) else { return };
-    let host = Host::bare("why", &stick);
+    let Some(stick) = stack() else { return };
+    let host = Host::bare("why", stick);
     // More than there can be is refused before anything is changed.
     let large = SERVICE.replace("instances", "memory-mb = 400000\ninstances");
     let Some(large) = pack_nomad("large", &large) else { return };

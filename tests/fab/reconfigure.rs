@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use crate::host::{Host, Pack, SERVICE, differences, pack_nomad, stick, zd_stack};
+use crate::host::{Host, Pack, SERVICE, differences, stack, stick, zd_stack};
 use crate::upgrade::active_containers;
 
 /// The site's interface has a second address from here on, one that no other test host has.
@@ -53,8 +53,8 @@ fn readdressed_at_work() {
 #[test]
 #[ignore = "boots a host"]
 fn full_stack_readdressed() {
-    let Some(stick) = pack_nomad("stack", SERVICE) else { return };
-    follows("stack-readdressed", &stick, &next("stack-readdressed-2", "stack", zd_stack()));
+    let Some(stick) = stack() else { return };
+    follows("stack-readdressed", stick, &next("stack-readdressed-2", "stack", zd_stack()));
 }
 
 /// The bundle of the next quarter: another version in the standby.
