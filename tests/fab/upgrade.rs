@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::time::Instant;
 
-use crate::host::{Host, PROGRAMS, Pack, Running, SERVICE, Said, differences, next_stack, zd_stack};
+use crate::host::{Host, PROGRAMS, Pack, Running, SERVICE, Said, differences, next_stack, stack, zd_stack};
 
 const PACKAGES: [&str; 3] = ["nginx", "docker.io", "docker-registry"];
 
@@ -264,13 +264,23 @@ fn there_and_back(host: &Host, next: &Path, restarted: &[&str]) {
 #[test]
 #[ignore = "boots a host"]
 fn killed_upgrades_are_undone_or_finished() {
-    let host = Host::bare("torn", first());
+    torn(&Host::bare("torn", first()), &next("quarter-2", "v2", ""));
+}
+
+#[test]
+#[ignore = "boots a host"]
+fn full_stack_upgrades_are_undone_or_finished() {
+    let Some(first) = stack() else { return };
+    torn(&Host::bare("torn-nomad", first), &next_of_stack("stack-2", "").expect("programs"));
+}
+
+fn torn(host: &Host, next: &Path) {
     host.run(&["/stick/zd", "-q", "install", "--ip", "auto"]).ok();
-    host.copy_in(&next("quarter-2", "v2", ""), "/stick2");
+    host.copy_in(next, "/stick2");
     let packages = host.sh("dpkg-query -W");
     let long = std::env::var_os("ZD_TEST_LONG").is_some();
     let (mut entry, mut tried) = (1, 0);
-    let running = load(&host, 300, 0);
+    let running = load(host, 300, 0);
     loop {
         let failpoint = format!("journal:{entry}");
         let died = host.run_env(&[("ZD_FAILPOINT", &failpoint)], &["/stick2/zd", "-q", "upgrade", "--yes"]);
@@ -291,8 +301,8 @@ fn killed_upgrades_are_undone_or_finished() {
     println!("upgrade killed after {tried} entries and undone each time");
     host.zd(&["rollback", "--generation", "1", "--yes"]).ok();
     host.clean(running);
-    taken_back_by_a_reboot(&host, "journal:5");
-    let running = load(&host, 300, 0);
+    taken_back_by_a_reboot(host, "journal:5");
+    let running = load(host, 300, 0);
     // Each run dies at the first entry that it writes.
     let mut kills = 0;
     while host.run_env(&[("ZD_FAILPOINT", "journal:1")], &["/stick2/zd", "-q", "upgrade", "--yes"]).code != 0
