@@ -151,6 +151,13 @@ fn comparable(picture: &str) -> String {
         "/etc/machine-id",
         "/var/lib/dbus/machine-id",
         "/etc/systemd/system/dbus",
+        // Of the nomad engine.
+        "/private.json",
+        "/etc/zd/consul.d/consul.json",
+        "/etc/zd/nomad.d/nomad.json",
+        "/etc/zd/secrets/",
+        "/var/lib/zd/consul/",
+        "/var/lib/zd/nomad/",
     ];
     picture
         .lines()
