@@ -153,6 +153,7 @@ fn comparable(picture: &str) -> String {
         "/etc/systemd/system/dbus",
         // Of the nomad engine.
         "/private.json",
+        ".job.json",
         "/etc/zd/consul.d/consul.json",
         "/etc/zd/nomad.d/nomad.json",
         "/etc/zd/secrets/",
