@@ -12,7 +12,7 @@ use serde_json::Value;
 use super::check::{backup, coming, consul_data, tag, tool_program, untouched};
 use crate::audit;
 use crate::backup::Backup;
-use crate::backup::index::{CONSUL_SNAPSHOT, NOMAD_SNAPSHOT};
+use crate::backup::index::{CONSUL_SNAPSHOT, Entry, NOMAD_SNAPSHOT};
 use crate::bundle::Bundle;
 use crate::bundle::manifest::{Product, Service};
 use crate::bundle::sources::cache::hash_file;
@@ -25,7 +25,7 @@ use crate::host::{
     Host, consul, exec, fs as hostfs, generation, nginx, nomad, packages, paths, systemd, until,
 };
 use crate::ids::{Digest, Name, Slot};
-use crate::plan::slot::named_as;
+use crate::plan::slot::{images, named_as};
 use crate::plan::{DataCopy, Restored, Step, Text};
 use crate::service::pointer::{self, Pointer};
 use crate::service::state::{Filled, State};
@@ -205,20 +205,15 @@ pub async fn act(step: &Step, host: &Host<'_>) -> Result<()> {
 /// Consul begins again with the node id of the backup. Its raft knows a server by that: what was written under another
 /// id, or cannot be read, elects no leader.
 async fn as_node_of(backup: &Backup) -> Result<()> {
-    let unit = "consul.service";
-    copy_data(unit, &consul_data()).await?;
-    systemd::stop(unit).await?;
+    copy_data(consul::UNIT, &consul_data()).await?;
+    systemd::stop(consul::UNIT).await?;
     let folder = Path::new(paths::CONSUL_DATA);
     hostfs::remove_tree(folder)?;
     hostfs::make_dir(folder, 0o750, Some(paths::CONSUL_USER))?;
-    for entry in backup.index.files.iter() {
-        let path = Path::new("/").join(&entry.path);
-        if path.parent() == Some(folder) {
-            let bytes = backup.file(&path).unwrap_or_default();
-            hostfs::write_beneath(&path, bytes, entry.mode, entry.owner.as_deref())?;
-        }
+    for entry in backup.index.beneath(folder) {
+        put(backup, entry)?;
     }
-    systemd::start(unit).await
+    systemd::start(consul::UNIT).await
 }
 
 /// Images that Nomad is about to start. It would pull them itself, and the time that takes would be taken from that in
@@ -229,13 +224,6 @@ async fn pull(images: impl IntoIterator<Item = String>, installed: &Installed) -
         docker.ensure_image(&image, &installed.host).await?;
     }
     Ok(())
-}
-
-/// Image of each task of a job.
-fn images(job: &Value) -> BTreeSet<String> {
-    let list = |value: &Value, key: &str| value[key].as_array().cloned().unwrap_or_default();
-    let tasks = list(job, "TaskGroups").into_iter().flat_map(|group| list(&group, "Tasks"));
-    tasks.filter_map(|task| Some(task["Config"]["image"].as_str()?.to_owned())).collect()
 }
 
 /// What the slots of a backup hold.
@@ -267,16 +255,19 @@ fn snapshot<'a>(host: &Host<'a>, name: &str) -> Result<&'a [u8]> {
 
 async fn restore(host: &Host<'_>, restored: &Restored) -> Result<()> {
     for entry in &restored.files {
-        let path = Path::new("/").join(&entry.path);
-        let missing = || Code::Bug.err(format!("{} is not in the backup", entry.path));
-        let bytes = backup(host)?.member(&entry.path).ok_or_else(missing)?;
-        put_aside(&path).await?;
-        hostfs::write_beneath(&path, bytes, entry.mode, entry.owner.as_deref())?;
+        put_aside(&entry.place()).await?;
+        put(backup(host)?, entry)?;
     }
     match &restored.unit {
         Some(unit) if systemd::is_active(unit).await? => systemd::restart(unit).await,
         _ => Ok(()),
     }
+}
+
+fn put(backup: &Backup, entry: &Entry) -> Result<()> {
+    let missing = || Code::Bug.err(format!("{} is not in the backup", entry.path));
+    let bytes = backup.member(&entry.path).ok_or_else(missing)?;
+    hostfs::write_beneath(&entry.place(), bytes, entry.mode, entry.owner.as_deref())
 }
 
 /// Keeps a copy of a file as it was. Once: a copy that is there is of before.

@@ -241,7 +241,7 @@ pub async fn check(step: &Step, host: &Host<'_>) -> Result<Check> {
         Step::Restored(restored) => {
             let (mut same, mut files, mut new) = (true, Vec::new(), Vec::new());
             for entry in &restored.files {
-                let path = Path::new("/").join(&entry.path);
+                let path = entry.place();
                 match hostfs::read_if_any(&path)? {
                     None => new.push(path),
                     Some(bytes) => {
@@ -257,17 +257,15 @@ pub async fn check(step: &Step, host: &Host<'_>) -> Result<Check> {
         }
         Step::Snapshot { product: Product::Consul } => {
             let undo = Undo::PutBackDaemon {
-                unit: "consul.service".into(),
+                unit: consul::UNIT.into(),
                 files: Vec::new(),
                 was_enabled: true,
                 was_active: true,
                 data: Some(consul_data()),
             };
-            needed_unless(knows("consul.service", consul::knows_tokens).await?, undo)
+            needed_unless(knows(consul::UNIT, consul::knows_tokens).await?, undo)
         }
-        Step::Snapshot { .. } => {
-            needed_unless(knows("nomad.service", nomad::knows_token).await?, Undo::Nothing)
-        }
+        Step::Snapshot { .. } => needed_unless(knows(nomad::UNIT, nomad::knows_token).await?, Undo::Nothing),
         Step::RestoredLog => {
             let log = Path::new(paths::AUDIT);
             let (found, saved) = (hostfs::read_if_any(log)?, backup(host)?.file(log).unwrap_or_default());

@@ -82,24 +82,18 @@ impl Preview {
 }
 
 /// Applies a plan, and ends what was open for its time only: also after a failure, and for a run that was killed.
-pub async fn apply(plan: &Plan, host: &Host<'_>, by: &str, bundle: Option<&Digest>) -> Result<Summary> {
-    let mut summary = Summary::default();
-    attempt(plan, host, by, bundle, &mut summary).await?;
-    Ok(summary)
+pub async fn apply(plan: &Plan, host: &Host<'_>, bundle: Option<&Digest>) -> Result<Summary> {
+    let (summary, applied) = attempt(plan, host, bundle).await;
+    applied.map(|()| summary)
 }
 
 /// As [`apply`]; what was done before a failure is told as well.
-async fn attempt(
-    plan: &Plan,
-    host: &Host<'_>,
-    by: &str,
-    bundle: Option<&Digest>,
-    summary: &mut Summary,
-) -> Result<()> {
-    let applied = carry_out(plan, host, by, bundle, summary).await;
+async fn attempt(plan: &Plan, host: &Host<'_>, bundle: Option<&Digest>) -> (Summary, Result<()>) {
+    let mut summary = Summary::default();
+    let applied = carry_out(plan, host, bundle, &mut summary).await;
     let pushes = plan.steps.iter().any(|step| matches!(step, Step::Push { .. }));
     let closed = if pushes { registry::close().await } else { Ok(()) };
-    applied.and(closed)
+    (summary, applied.and(closed))
 }
 
 /// An unfinished receipt of the same plan is taken up; otherwise a new one begins with the first step that has to
@@ -107,7 +101,6 @@ async fn attempt(
 async fn carry_out(
     plan: &Plan,
     host: &Host<'_>,
-    by: &str,
     bundle: Option<&Digest>,
     summary: &mut Summary,
 ) -> Result<()> {
@@ -131,7 +124,7 @@ async fn carry_out(
             Some(undo) => {
                 let journal = match &mut journal {
                     Some(journal) => journal,
-                    none => none.insert(Receipt::begin(plan, by, bundle)?),
+                    none => none.insert(Receipt::begin(plan, &audit::actor(), bundle)?),
                 };
                 journal.intend(&title, &undo)?;
                 let start = Instant::now();
@@ -158,11 +151,8 @@ async fn carry_out(
 /// Applies a plan that must not be left half done: on failure all is as it was before, or, behind the last way back,
 /// as the plan says after all.
 pub async fn apply_or_back(plan: &Plan, host: &Host<'_>, bundle: Option<&Digest>) -> Result<Summary> {
-    let mut summary = Summary::default();
-    let failed = match attempt(plan, host, &audit::actor(), bundle, &mut summary).await {
-        Ok(()) => return Ok(summary),
-        Err(e) => e,
-    };
+    let (summary, applied) = attempt(plan, host, bundle).await;
+    let Err(failed) = applied else { return Ok(summary) };
     let start = Instant::now();
     if let Some(mut journal) = receipt::unfinished()? {
         undo(&mut journal, host, Way::Back)

@@ -2,7 +2,7 @@
 //! nothing in the file counts that is not named here, and no name leads anywhere but where zd keeps its own.
 
 use std::collections::BTreeSet;
-use std::path::{Component, Path};
+use std::path::{Component, Path, PathBuf};
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -127,8 +127,20 @@ impl Index {
         self.files.iter().find(|e| e.path == path)
     }
 
+    /// Files that lie in a folder of the host.
+    pub fn beneath(&self, folder: &Path) -> impl Iterator<Item = &Entry> {
+        self.files.iter().filter(move |e| e.place().parent() == Some(folder))
+    }
+
     pub fn service(&self, name: &Name) -> Option<&Service> {
         self.services.iter().find(|s| s.name == *name)
+    }
+}
+
+impl Entry {
+    /// Where it is on a host.
+    pub fn place(&self) -> PathBuf {
+        Path::new("/").join(&self.path)
     }
 }
 

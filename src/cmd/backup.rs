@@ -272,7 +272,7 @@ async fn write_members(
         match made.iter().find(|(name, _)| *name == entry.path) {
             Some((_, bytes)) => writer.member(&entry.path, &entry.digest, entry.size, bytes.as_slice())?,
             None => {
-                let path = Path::new("/").join(&entry.path);
+                let path = entry.place();
                 let file = std::fs::File::open(&path).at(&path)?;
                 writer.member(&entry.path, &entry.digest, entry.size, file)?;
             }

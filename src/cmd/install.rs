@@ -86,12 +86,10 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
     let facts = Facts::gather().await?;
     let known = known_config(&bundle)?;
     let installed = Installed::new(decide(&args, &facts, &bundle, known.as_ref(), ui)?, bundle.lock.clone())?;
-    let foreign_docker = facts.programs.contains_key("dockerd") && !docker_is_ours()?;
+    let foreign_docker = foreign_docker(&facts)?;
     let mut findings = preflight::host(&facts);
     findings.extend(assess(&bundle, &facts, &installed.host, foreign_docker, known.is_none())?);
-    for note in findings.iter().filter(|f| f.good.is_none()) {
-        ui.warn(format!("{}: {} ({})", note.name, note.what, note.cure));
-    }
+    tell_notes(&findings, ui);
     let open_firewall = facts.firewall.filter(|_| args.open_firewall);
     let inputs = planner::Inputs {
         installed: &installed,
@@ -117,7 +115,7 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
             args.change.yes,
         )?;
     }
-    let summary = match apply::apply(&plan, &host, &audit::actor(), Some(&bundle.id)).await {
+    let summary = match apply::apply(&plan, &host, Some(&bundle.id)).await {
         Ok(summary) => summary,
         Err(e) => {
             let (reason, detail) = (&args.change.reason, e.what.clone());
@@ -207,7 +205,7 @@ pub fn assess_before(bundle: &Bundle, facts: &Facts) -> Result<Vec<Finding>> {
         generation: 1,
         bundle: bundle.id.clone(),
     };
-    let foreign_docker = facts.programs.contains_key("dockerd") && !docker_is_ours()?;
+    let foreign_docker = foreign_docker(facts)?;
     assess(bundle, facts, &host, foreign_docker, true)
 }
 
@@ -353,14 +351,21 @@ pub fn key_of_this_host(bundle: Option<&Bundle>) -> Result<Key> {
     }
 }
 
-/// Docker is here because a receipt of ours says we brought it.
-pub fn docker_is_ours() -> Result<bool> {
+/// What is worth knowing of a host, and no reason to stop.
+pub fn tell_notes(findings: &[Finding], ui: &Ui) {
+    for note in findings.iter().filter(|f| f.good.is_none()) {
+        ui.warn(format!("{}: {} ({})", note.name, note.what, note.cure));
+    }
+}
+
+/// Docker is here, and no receipt of ours says that we brought it.
+pub fn foreign_docker(facts: &Facts) -> Result<bool> {
     let ours = |r: &Receipt| {
         r.steps.iter().any(|i| {
             matches!(&i.undo, Undo::Purge { packages, .. } if !i.undone && packages.iter().any(|p| p.starts_with("docker.io") || p.starts_with("docker-ce")))
         })
     };
-    Ok(receipt::all()?.iter().any(ours))
+    Ok(facts.programs.contains_key("dockerd") && !receipt::all()?.iter().any(ours))
 }
 
 /// Sum of the Installed-Size fields of the carried packages (deb-control(5), in KiB).

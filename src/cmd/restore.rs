@@ -11,7 +11,7 @@ use jiff::Timestamp;
 use serde::Serialize;
 
 use super::ChangeArgs;
-use super::install::{assess, docker_is_ours};
+use super::install::{assess, foreign_docker, tell_notes};
 use super::verify::{BundleArgs, check_target, verify_blobs};
 use crate::apply::{self, Summary};
 use crate::audit::{self, Event};
@@ -187,14 +187,12 @@ async fn onto_bare(args: &Args, backup: &Backup, ui: &Ui) -> Result<Option<Summa
                  and in the site's network configuration"
             )));
     }
-    let foreign_docker = facts.programs.contains_key("dockerd") && !docker_is_ours()?;
+    let foreign_docker = foreign_docker(&facts)?;
     let fresh = HostConfig::read()?.is_none();
     let mut findings = preflight::host(&facts);
     findings.push(room(backup)?);
     findings.extend(assess(&bundle, &facts, &installed.host, foreign_docker, fresh)?);
-    for note in findings.iter().filter(|f| f.good.is_none()) {
-        ui.warn(format!("{}: {} ({})", note.name, note.what, note.cure));
-    }
+    tell_notes(&findings, ui);
     let plan = install::plan(&Inputs {
         installed: &installed,
         key: &bundle.key,
@@ -213,7 +211,7 @@ async fn onto_bare(args: &Args, backup: &Backup, ui: &Ui) -> Result<Option<Summa
     let question =
         format!("make this host {} with {}, as it was at {}?", ip, bundle.lock.title(), backup.index.at);
     ui.confirm(&question, args.change.yes)?;
-    let applied = apply::apply(&plan, &host, &audit::actor(), Some(&bundle.id)).await;
+    let applied = apply::apply(&plan, &host, Some(&bundle.id)).await;
     finish(args, backup, applied, ui).await.map(Some).map_err(|e| {
         let go_on =
             "mend it and run the same command again (it goes on where it stopped), or go back: zd undo";
@@ -257,7 +255,7 @@ async fn onto_same(args: &Args, backup: &Backup, ui: &Ui) -> Result<Option<Summa
         installed: &installed,
         key: &trusted(backup)?,
         lock_bytes: text_of(backup)?,
-        foreign_docker: facts.programs.contains_key("dockerd") && !docker_is_ours()?,
+        foreign_docker: foreign_docker(&facts)?,
         states: states(backup),
         open_firewall: None,
         backup: settings(backup)?,

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use serde::Serialize;
 
-use super::install::{docker_is_ours, key_of_this_host, states};
+use super::install::{foreign_docker, key_of_this_host, states};
 use super::verify::{BundleArgs, check_target, verify_blobs};
 use super::watched::{self, Seen, Told};
 use super::{ChangeArgs, lines};
@@ -196,7 +196,7 @@ async fn carry_out(
     }
     let packages = moved(from, &installed.lock, ui).await?;
     let facts = Facts::gather().await?;
-    let foreign_docker = facts.programs.contains_key("dockerd") && !docker_is_ours()?;
+    let foreign_docker = foreign_docker(&facts)?;
     let mut findings = preflight::host(&facts);
     findings.push(preflight::address(&facts, from.host.ip, false));
     findings.extend(planner::obstacles(&from.lock, &installed.lock, &packages));

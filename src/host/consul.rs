@@ -12,6 +12,7 @@ use super::secrets::{self, Token};
 use super::{paths, systemd, until};
 use crate::error::{Code, Result};
 
+pub const UNIT: &str = "consul.service";
 const SNAPSHOT: &str = "/v1/snapshot";
 const READY: Duration = Duration::from_secs(60);
 const EVERY: Duration = Duration::from_millis(100);
@@ -82,10 +83,7 @@ pub async fn set_up(node: &str) -> Result<()> {
 
 async fn wait(api: &Api) -> Result<()> {
     // The ACL system starts a moment after the leader does, and says so with a 500.
-    systemd::until_serving("consul.service", READY, EVERY, async || {
-        api.get("/v1/acl/policies").await.map(drop)
-    })
-    .await
+    systemd::until_serving(UNIT, READY, EVERY, async || api.get("/v1/acl/policies").await.map(drop)).await
 }
 
 /// The policy with these rules, and a token that has it.

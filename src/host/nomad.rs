@@ -11,7 +11,7 @@ use super::secrets::{self, Token};
 use super::{exec, fs, paths, systemd, until};
 use crate::error::{Code, OrCode, Result};
 
-const UNIT: &str = "nomad.service";
+pub const UNIT: &str = "nomad.service";
 const SNAPSHOT: &str = "/v1/operator/snapshot";
 const READY: Duration = Duration::from_secs(90);
 const EVERY: Duration = Duration::from_millis(200);

@@ -191,8 +191,7 @@ impl Builder<'_> {
     /// All files that a backup has in a folder; `unit` reads them.
     pub(super) fn saved_files(&mut self, what: &str, folder: &Path, unit: Option<&str>) {
         let Some(index) = self.restored else { return };
-        let beneath = |e: &&Entry| Path::new("/").join(&e.path).parent() == Some(folder);
-        let files: Vec<Entry> = index.files.iter().filter(beneath).cloned().collect();
+        let files: Vec<Entry> = index.beneath(folder).cloned().collect();
         if !files.is_empty() {
             let unit = unit.map(str::to_owned);
             self.push(Step::Restored(Restored { what: what.into(), files, unit }));

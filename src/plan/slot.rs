@@ -1,5 +1,7 @@
 //! What fills a slot: here the engines differ. Beside it there is only what the full stack has more of.
 
+use std::collections::BTreeSet;
+
 use serde_json::{Value, json};
 
 use super::Step;
@@ -119,10 +121,9 @@ pub fn named_as(job: &Value, other: &Value, host: &HostConfig) -> Value {
         let (registry, content) = name.split_once('/')?;
         registries.iter().any(|known| known == registry).then(|| content.to_owned())
     };
-    let mut other = other.clone();
-    let known: Vec<String> = images(&mut other).filter_map(|i| i.as_str().map(str::to_owned)).collect();
+    let known = images(other);
     let mut named = job.clone();
-    for image in images(&mut named) {
+    for image in images_mut(&mut named) {
         let Some(wanted) = image.as_str().and_then(content) else { continue };
         if let Some(known) = known.iter().find(|known| content(known).as_ref() == Some(&wanted)) {
             *image = json!(known);
@@ -131,7 +132,12 @@ pub fn named_as(job: &Value, other: &Value, host: &HostConfig) -> Value {
     named
 }
 
-fn images(job: &mut Value) -> impl Iterator<Item = &mut Value> {
+/// Image of each task of a job.
+pub fn images(job: &Value) -> BTreeSet<String> {
+    images_mut(&mut job.clone()).filter_map(|image| image.as_str().map(str::to_owned)).collect()
+}
+
+fn images_mut(job: &mut Value) -> impl Iterator<Item = &mut Value> {
     fn parts<'a>(of: &'a mut Value, key: &str) -> impl Iterator<Item = &'a mut Value> {
         of.get_mut(key).and_then(Value::as_array_mut).into_iter().flatten()
     }
