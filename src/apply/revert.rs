@@ -217,17 +217,23 @@ async fn put_back_data(unit: &str, data: &DataCopy) -> Result<()> {
     Ok(())
 }
 
-/// The registry reads its certificate when it starts. Where the address before is gone, there is nobody to wait for.
+/// A certificate is read when its daemon starts. Where the address before is gone, there is nobody to wait for.
 async fn remake(secret: &Secret) -> Result<()> {
     secret.make()?;
-    let registry = "zd-registry.service";
-    if matches!(secret, Secret::RegistryCertificate { .. }) && systemd::is_active(registry).await? {
-        systemd::restart(registry).await?;
-        if let Some(host) = HostConfig::read()?.filter(|host| facts::is_here(host.ip)) {
-            return Registry::ready(&host).await;
-        }
+    let unit = match secret {
+        Secret::RegistryCertificate { .. } => "zd-registry.service",
+        Secret::ConsulCertificate { .. } => consul::UNIT,
+        _ => return Ok(()),
+    };
+    if !systemd::is_active(unit).await? {
+        return Ok(());
     }
-    Ok(())
+    systemd::restart(unit).await?;
+    match HostConfig::read()?.filter(|host| facts::is_here(host.ip)) {
+        Some(host) if unit == consul::UNIT => consul::set_up(&host.node()).await,
+        Some(host) => Registry::ready(&host).await,
+        None => Ok(()),
+    }
 }
 
 /// With Nomad gone its containers are still there: they are removed as well.

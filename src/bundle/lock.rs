@@ -6,7 +6,7 @@ use std::fmt;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::manifest::{Engine, ImageRef, Packages, Product, Service, Target};
+use super::manifest::{CONSUL_HTTPS, Engine, ImageRef, Packages, Product, STACK_PORTS, Service, Target};
 use crate::backup::Settings;
 use crate::error::{Code, Result};
 use crate::ids::{Digest, Fingerprint, Name, Version};
@@ -26,6 +26,9 @@ pub struct Lock {
     /// Version of the zd that packed it.
     pub packed_by: String,
     pub engine: Engine,
+    /// Left out where there is none, as in locks from before there was one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub consul_https: Option<u16>,
     pub target: Target,
     /// Packages asked for, by role.
     pub packages: Packages,
@@ -219,6 +222,17 @@ impl Lock {
 
     pub fn release(&self, product: Product) -> Option<&Release> {
         self.releases.iter().find(|r| r.product == product)
+    }
+
+    /// Ports of what runs beneath the services, and whose they are.
+    pub fn stack_ports(&self) -> impl Iterator<Item = (u16, &'static str)> {
+        let stack = STACK_PORTS.into_iter().filter(|_| self.engine == Engine::Nomad);
+        stack.chain(self.consul_https.map(|port| (port, CONSUL_HTTPS)))
+    }
+
+    /// Ports that others than this host use.
+    pub fn client_ports(&self) -> impl Iterator<Item = u16> {
+        self.services.iter().flat_map(Service::client_ports).chain(self.consul_https)
     }
 
     pub fn service(&self, name: &Name) -> Option<&Service> {

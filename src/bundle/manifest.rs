@@ -16,7 +16,7 @@ pub use super::service::{Door, Inlet, LongLived, Service, Sessions, Tcp};
 /// Port of the private registry, where an install is not told another. Not 5000: that is the usual HSMS port
 /// of the equipment next to us.
 pub const REGISTRY_PORT: u16 = 5443;
-/// Ports of the full stack, all on loopback.
+/// Ports of the full stack on loopback.
 pub const STACK_PORTS: [(u16, &str); 6] = [
     (8300, "servers of Consul"),
     (8301, "gossip of Consul"),
@@ -25,6 +25,7 @@ pub const STACK_PORTS: [(u16, &str); 6] = [
     (4647, "RPC of Nomad"),
     (4648, "gossip of Nomad"),
 ];
+pub const CONSUL_HTTPS: &str = "HTTPS of Consul";
 
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
@@ -35,6 +36,8 @@ pub struct Manifest {
     pub version: Version,
     #[serde(default)]
     pub engine: Engine,
+    /// Where Consul answers others than this host, too: with TLS, on the host's address, reads only.
+    pub consul_https: Option<u16>,
     pub target: Target,
     #[serde(default)]
     pub packages: Packages,
@@ -356,6 +359,17 @@ impl Manifest {
         if self.engine == Engine::Nomad {
             ports.extend(STACK_PORTS.map(|(port, what)| (port, format!("the {what}"))));
         }
+        if let Some(port) = self.consul_https {
+            if self.engine == Engine::Docker {
+                found.push("consul-https: the docker engine runs no Consul".to_owned());
+            }
+            if port < 1024 {
+                found.push(format!("consul-https = {port}: Consul has no right to ports below 1024"));
+            }
+            if let Some(other) = ports.insert(port, format!("the {CONSUL_HTTPS}")) {
+                found.push(format!("consul-https: port {port} is already taken by {other}"));
+            }
+        }
         for service in &self.services {
             let name = &service.name;
             if !names.insert(name) {
@@ -567,6 +581,26 @@ standby-listen = 8081
         assert!(both.contains("release consul-template: give key or unsigned = true, not both"), "{both}");
         let other = said(format!("{nomad}{}", releases(&["vault"])));
         assert!(other.contains("unknown variant `vault`"), "{other}");
+    }
+
+    #[test]
+    fn consul_may_have_a_port_for_others() {
+        let said = |key: &str, engine: &str| {
+            let text =
+                GOOD.replace("[target]", &format!("engine = \"{engine}\"\nconsul-https = {key}\n[target]"));
+            Manifest::parse(&text).unwrap_err().what
+        };
+        let docker = said("8501", "docker");
+        assert!(docker.contains("consul-https: the docker engine runs no Consul"), "{docker}");
+        let low = said("443", "nomad");
+        assert!(low.contains("consul-https = 443: Consul has no right to ports below 1024"), "{low}");
+        let taken = said("8500", "nomad");
+        assert!(taken.contains("consul-https: port 8500 is already taken by the HTTP of Consul"), "{taken}");
+        let service = said("8081", "nomad");
+        assert!(
+            service.contains("service hello: port 8081 is already taken by the HTTPS of Consul"),
+            "{service}"
+        );
     }
 
     #[test]

@@ -14,7 +14,7 @@ use crate::facts::{self, Facts};
 use crate::host::config::Installed;
 use crate::host::paths;
 use crate::host::secrets::{self, Secret};
-use crate::plan::preflight::{self, Finding};
+use crate::plan::preflight::{self, Finding, STACK_UNITS};
 use crate::receipt;
 use crate::ui::Ui;
 
@@ -100,9 +100,6 @@ async fn installed_findings(installed: &Installed, facts: &Facts) -> Result<Vec<
     Ok(found)
 }
 
-/// Units that are zd's and do not say so in their names. Not Docker's: the site may publish ports of its own there.
-const STACK_UNITS: [&str; 3] = ["consul.service", "nomad.service", "consul-template.service"];
-
 /// What listens where others can reach it: what should, what should not, and what is not zd's.
 fn ports(installed: &Installed, facts: &Facts) -> Vec<Finding> {
     let services = installed.lock.services.iter();
@@ -113,11 +110,14 @@ fn ports(installed: &Installed, facts: &Facts) -> Vec<Finding> {
         expected.extend(service.tcp.iter().map(|t| (t.listen(), format!("tcp of {}", service.name))));
     }
     expected.insert(installed.host.registry_port, "registry".into());
+    expected.extend(installed.lock.consul_https.map(|port| (port, "Consul".into())));
     let mut found = Vec::new();
     let (mut wanted, mut others) = (BTreeMap::new(), BTreeMap::new());
     for l in facts.listeners.iter().filter(|l| !l.ip.to_canonical().is_loopback()) {
         match expected.get(&l.port) {
-            Some(what) if l.ours => _ = wanted.insert(l.port, format!("{} ({what})", l.port)),
+            Some(what) if l.ours || STACK_UNITS.contains(&l.unit.as_str()) => {
+                _ = wanted.insert(l.port, format!("{} ({what})", l.port))
+            }
             None if !l.ours && !STACK_UNITS.contains(&l.unit.as_str()) => {
                 others.insert(l.port, format!("{} of {}", l.port, l.owner));
             }

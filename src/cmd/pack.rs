@@ -101,6 +101,7 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
         created: Timestamp::from_second(Timestamp::now().as_second()).unwrap_or_default(),
         packed_by: env!("CARGO_PKG_VERSION").into(),
         engine: manifest.engine,
+        consul_https: manifest.consul_https,
         target: manifest.target,
         packages: manifest.packages,
         apt_index,

@@ -58,6 +58,7 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
     let mut report = Report { rotated: REGISTRY.into(), restarted: vec!["zd-registry"] };
     if full_stack {
         report.rotated.extend(STACK);
+        report.rotated.extend(installed.lock.consul_https.map(|_| "Consul certificate"));
         report.restarted.extend(["consul", "nomad", "consul-template"]);
     }
     report.rotated.push("signing key");
@@ -120,7 +121,7 @@ async fn tokens(installed: &Installed, ui: &Ui) -> Result<()> {
     Secret::NomadPrivate.make()?;
     consul::renew_gossip_key().await?;
     nomad::renew_gossip_key().await?;
-    systemd::restart("consul.service").await?;
+    systemd::restart(consul::UNIT).await?;
     consul::set_up(&installed.host.node()).await?;
     systemd::restart("consul-template.service").await?;
     ui.done("Consul and Nomad have new tokens and gossip keys");
@@ -145,6 +146,12 @@ async fn certificates(installed: &Installed, full_stack: bool, ui: &Ui) -> Resul
     Registry::ready(host).await?;
     ui.done("the registry has its new certificate and password");
     if full_stack {
+        if installed.lock.consul_https.is_some() {
+            Secret::ConsulCertificate { ip: host.ip.into() }.make()?;
+            systemd::restart(consul::UNIT).await?;
+            consul::set_up(&host.node()).await?;
+            ui.done("Consul has its new certificate");
+        }
         Secret::DockerAuth { registry: host.registry() }.make()?;
         Secret::NomadCertificate.make()?;
         systemd::restart("nomad.service").await?;

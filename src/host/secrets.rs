@@ -42,6 +42,10 @@ pub enum Secret {
     },
     RegistryPassword,
     Htpasswd,
+    /// Consul's, where others than this host may ask it.
+    ConsulCertificate {
+        ip: IpAddr,
+    },
     /// What Nomad pulls with, in the form of docker's config.json.
     DockerAuth {
         registry: String,
@@ -115,6 +119,7 @@ impl Secret {
         match self {
             Secret::Ca => vec![paths::CA.into(), paths::CA_KEY.into()],
             Secret::RegistryCertificate { .. } => vec![registry.join("tls.crt"), registry.join("tls.key")],
+            Secret::ConsulCertificate { .. } => vec![paths::CONSUL_CERT.into(), paths::CONSUL_KEY.into()],
             Secret::RegistryPassword => vec![paths::REGISTRY_PASSWORD.into()],
             Secret::Htpasswd => vec![registry.join("htpasswd")],
             Secret::DockerAuth { .. } => vec![paths::DOCKER_AUTH.into()],
@@ -128,8 +133,9 @@ impl Secret {
     }
 
     /// Certificates that zd has made, where they are needed.
-    pub fn certificates() -> [PathBuf; 3] {
-        [paths::CA.into(), Path::new(paths::REGISTRY_ETC).join("tls.crt"), paths::NOMAD_CERT.into()]
+    pub fn certificates() -> [PathBuf; 4] {
+        let registry = Path::new(paths::REGISTRY_ETC).join("tls.crt");
+        [paths::CA.into(), registry, paths::NOMAD_CERT.into(), paths::CONSUL_CERT.into()]
     }
 
     /// What is there of it. One that names an address may be there for another, or spoilt: then for none.
@@ -138,6 +144,9 @@ impl Secret {
         path.exists().then(|| match self {
             Secret::RegistryCertificate { .. } => {
                 Secret::RegistryCertificate { ip: certified(path).unwrap_or(NOWHERE) }
+            }
+            Secret::ConsulCertificate { .. } => {
+                Secret::ConsulCertificate { ip: certified(path).unwrap_or(NOWHERE) }
             }
             Secret::DockerAuth { .. } => {
                 let auths = std::fs::read(path).ok().and_then(|bytes| serde_json::from_slice(&bytes).ok());
@@ -160,10 +169,10 @@ impl Secret {
                 fs::write(&files[0], certificate.pem().as_bytes(), 0o644, None)
             }
             Secret::RegistryCertificate { ip } => {
-                let mut params = params("zd registry");
-                params.subject_alt_names = vec![SanType::IpAddress(*ip), SanType::IpAddress(LOCALHOST)];
-                params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
-                certificate(params, &files, registry)
+                certificate(server_params("zd registry", *ip), &files, registry)
+            }
+            Secret::ConsulCertificate { ip } => {
+                certificate(server_params("zd consul", *ip), &files, Some(paths::CONSUL_USER))
             }
             Secret::NomadCertificate => {
                 let mut params = params("zd nomad");
@@ -294,6 +303,14 @@ fn certificate(mut params: CertificateParams, files: &[PathBuf], owner: Option<&
     let certificate = params.signed_by(&key, &issuer).or_code(Code::Bug, "making a certificate")?;
     fs::write(&files[1], key.serialize_pem().as_bytes(), 0o600, owner)?;
     fs::write(&files[0], certificate.pem().as_bytes(), 0o644, owner)
+}
+
+/// For what listens on the host's address.
+fn server_params(name: &str, ip: IpAddr) -> CertificateParams {
+    let mut params = params(name);
+    params.subject_alt_names = vec![SanType::IpAddress(ip), SanType::IpAddress(LOCALHOST)];
+    params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+    params
 }
 
 fn params(name: &str) -> CertificateParams {

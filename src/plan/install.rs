@@ -407,7 +407,7 @@ impl Builder<'_> {
     }
 
     fn firewall(&mut self, inputs: &Inputs) -> Result<()> {
-        let ports = inputs.installed.lock.services.iter().flat_map(Service::client_ports);
+        let ports = inputs.installed.lock.client_ports();
         match &inputs.open_firewall {
             None => {}
             Some(Firewall::Nftables { chain }) => {

@@ -9,9 +9,9 @@ use serde::Serialize;
 
 use crate::bundle::Lock;
 use crate::bundle::lock::{Blob, Image};
-use crate::bundle::manifest::{Engine, STACK_PORTS};
+use crate::bundle::manifest::{CONSUL_HTTPS, Engine};
 use crate::error::{Code, Error, Result};
-use crate::facts::{Cgroup, Facts, space};
+use crate::facts::{Cgroup, Facts, Listener, space};
 use crate::host::config::Installed;
 use crate::host::paths;
 use crate::plan::slot;
@@ -24,6 +24,8 @@ const STACK_MEMORY: u64 = 256 << 20;
 const CONTAINER_MEMORY: u64 = 16 << 20;
 /// Cure of a clock that is wrong.
 pub const SET_CLOCK: &str = "set the clock: timedatectl set-time 'YYYY-MM-DD hh:mm:ss'";
+/// Units that are zd's and do not say so in their names. Not Docker's: the site may publish ports of its own there.
+pub const STACK_UNITS: [&str; 3] = ["consul.service", "nomad.service", "consul-template.service"];
 /// Left free on every file system after an install, for logs and the host itself.
 const DISK_SPARE: u64 = 256 << 20;
 
@@ -168,17 +170,20 @@ pub fn moved(facts: &Facts, to: &Installed) -> Vec<Finding> {
         let what = format!("{ip} is in {}.0.0/16, the network of zd's own containers", to.host.subnet);
         found.push(Finding::bad("address", what, "use an address that other machines reach this host by"));
     }
-    let cure = "stop it, or take another: --registry-port PORT";
     found.extend(registry_port(&to.lock, port));
     let meets = |other: IpAddr| other.is_unspecified() || other.to_canonical() == IpAddr::V4(ip);
-    let taken = facts.listeners.iter().find(|l| l.port == port && !l.ours && meets(l.ip));
-    found.push(match taken {
-        None => Finding::ok("port", format!("{port} for the private registry is free on {ip}")),
-        Some(l) => {
-            let what = format!("{port} for the private registry is taken on {ip} by {}", l.owner);
-            Finding::bad("port", what, cure)
-        }
-    });
+    let ours = |l: &Listener| l.ours || STACK_UNITS.contains(&l.unit.as_str());
+    let registry = (port, "private registry", "stop it, or take another: --registry-port PORT");
+    let consul = to.lock.consul_https.map(|port| (port, CONSUL_HTTPS, "stop it"));
+    for (port, what, cure) in consul.into_iter().chain([registry]) {
+        let taken = facts.listeners.iter().find(|l| l.port == port && !ours(l) && meets(l.ip));
+        found.push(match taken {
+            None => Finding::ok("port", format!("{port} for the {what} is free on {ip}")),
+            Some(l) => {
+                Finding::bad("port", format!("{port} for the {what} is taken on {ip} by {}", l.owner), cure)
+            }
+        });
+    }
     found
 }
 
@@ -187,8 +192,7 @@ fn registry_port(lock: &Lock, wanted: u16) -> Option<Finding> {
     let services = lock.services.iter();
     let services =
         services.flat_map(|s| s.ports().map(move |(port, what)| (port, format!("{what} of {}", s.name))));
-    let stack = STACK_PORTS.into_iter().filter(|_| lock.engine == Engine::Nomad);
-    let mut all = services.chain(stack.map(|(port, what)| (port, what.to_owned())));
+    let mut all = services.chain(lock.stack_ports().map(|(port, what)| (port, what.to_owned())));
     let (port, owner) = all.find(|(port, _)| *port == wanted)?;
     let what = format!("{port} is wanted for the private registry and for the {owner}");
     Some(Finding::bad("port", what, "take another for the registry: --registry-port PORT"))
@@ -230,13 +234,13 @@ fn ports(facts: &Facts, wants: &Wants, found: &mut Vec<Finding>) {
     let wanted = services.flat_map(|s| s.ports()).map(|(port, what)| (port, what, manifest));
     let registry =
         (wants.registry_port, "private registry", "stop it, or take another: --registry-port PORT");
-    // Of the stack, only before there is one: its units are ours and do not look it.
-    let stack = STACK_PORTS.into_iter().filter(|_| wants.fresh && wants.lock.engine == Engine::Nomad);
-    let stack = stack.map(|(port, what)| (port, what, "stop it"));
+    // Where zd has installed a stack, its units are ours and do not look it.
+    let ours = |l: &Listener| l.ours || !wants.fresh && STACK_UNITS.contains(&l.unit.as_str());
+    let stack = wants.lock.stack_ports().map(|(port, what)| (port, what, "stop it"));
     // Between the others the manifest has seen to it.
     found.extend(registry_port(wants.lock, wants.registry_port));
     for (port, what, cure) in wanted.chain([registry]).chain(stack) {
-        match facts.listeners.iter().find(|l| l.port == port && !l.ours) {
+        match facts.listeners.iter().find(|l| l.port == port && !ours(l)) {
             None => found.push(Finding::ok("port", format!("{port} for the {what} is free"))),
             Some(l) => found.push(Finding::bad(
                 "port",
@@ -329,8 +333,7 @@ fn disks(
 
 fn firewall(facts: &Facts, lock: &Lock, found: &mut Vec<Finding>) {
     let Some(kind) = &facts.firewall else { return };
-    let ports: Vec<String> =
-        lock.services.iter().flat_map(|s| s.client_ports()).map(|port| format!("tcp {port}")).collect();
+    let ports: Vec<String> = lock.client_ports().map(|port| format!("tcp {port}")).collect();
     found.push(Finding::note(
         "firewall",
         format!("{} is active; clients need {}", kind.name(), ports.join(", ")),

@@ -17,6 +17,9 @@ pub fn plan(from: &HostConfig, to: &Installed, about: String, standing: Vec<Stan
     plan.registry(host)?;
     if to.lock.engine == Engine::Nomad {
         plan.pulls(host);
+        if to.lock.consul_https.is_some() {
+            plan.consul(to)?;
+        }
     }
     if !standing.is_empty() {
         plan.push(Step::Untouched { containers: standing });
@@ -54,6 +57,7 @@ mod tests {
         let mut lock =
             Lock::parse(include_bytes!("../../tests/fixtures/before-upgrade/zd-lock.json")).unwrap();
         lock.engine = engine;
+        lock.consul_https = (engine == Engine::Nomad).then_some(8501);
         let host = toml::from_str(include_str!("../../tests/fixtures/before-upgrade/host.toml")).unwrap();
         Installed { host, lock }
     }

@@ -12,9 +12,9 @@ use crate::bundle::lock::Release;
 use crate::bundle::manifest::Product;
 use crate::error::{Code, Result};
 use crate::host::config::{HostConfig, Installed};
-use crate::host::nginx;
 use crate::host::paths::{self, CONSUL_TEMPLATE_USER, CONSUL_USER};
 use crate::host::secrets::{Secret, Token};
+use crate::host::{consul, nginx};
 
 impl Builder<'_> {
     pub(super) fn programs(&mut self, installed: &Installed) {
@@ -31,18 +31,29 @@ impl Builder<'_> {
         self.dir(paths::SECRETS, 0o700);
     }
 
-    /// Consul with a leader.
+    /// Consul with a leader. Only its HTTPS follows from the host's address.
     pub(super) fn consul(&mut self, installed: &Installed) -> Result<()> {
         let etc = paths::CONSUL_ETC;
         self.push(Step::User { name: CONSUL_USER.into(), home: paths::CONSUL_DATA.into() });
         self.owned_dir(paths::CONSUL_DATA, 0o750, CONSUL_USER, Keep::Ours);
         self.owned_dir(etc, 0o750, CONSUL_USER, Keep::Ours);
         for token in Token::CONSUL {
-            self.secret(Secret::Token(token), "consul.service");
+            self.secret(Secret::Token(token), consul::UNIT);
         }
-        self.secret(Secret::ConsulPrivate { management: management(&installed.lock)? }, "consul.service");
+        self.secret(Secret::ConsulPrivate { management: management(&installed.lock)? }, consul::UNIT);
         let node = installed.host.node();
-        let variables = json!({ "node": node, "data": paths::CONSUL_DATA });
+        let ip = installed.host.ip;
+        if installed.lock.consul_https.is_some() {
+            self.secret(Secret::ConsulCertificate { ip: ip.into() }, consul::UNIT);
+        }
+        let variables = json!({
+            "node": node,
+            "data": paths::CONSUL_DATA,
+            "ip": ip,
+            "https": installed.lock.consul_https,
+            "cert": paths::CONSUL_CERT,
+            "key": paths::CONSUL_KEY,
+        });
         let mut config = assets::json("consul.json", assets::CONSUL_CONF, variables)?;
         if consul_version(&installed.lock)? >= (1, 14) {
             // A port more since then; older ones refuse a key that they do not know.

@@ -96,6 +96,8 @@ pub struct Pack<'a> {
     pub without: &'a str,
     /// On the nomad engine, with its programs from here (`zd_stack`, `next_stack`).
     pub releases: Option<(String, PathBuf)>,
+    /// As bundles were before Consul could be asked from elsewhere.
+    pub loopback_only: bool,
 }
 
 pub fn pack(folder: &str, service: &str) -> PathBuf {
@@ -186,7 +188,11 @@ impl Pack<'_> {
             line.trim_matches('"').to_owned()
         };
         let (name, version) = (self.name.unwrap_or(self.folder), self.version.unwrap_or("1"));
-        let engine = if self.releases.is_some() { "nomad" } else { "docker" };
+        let engine = match (&self.releases, self.loopback_only) {
+            (None, _) => "\"docker\"",
+            (Some(_), true) => "\"nomad\"",
+            (Some(_), false) => "\"nomad\"\nconsul-https = 8501",
+        };
         let sources = match self.newer {
             [] => String::new(),
             newer => {
@@ -204,7 +210,7 @@ impl Pack<'_> {
         let tcp = ["[[service.tcp]]", "[[service.long-lived]]"].iter().any(|s| self.service.contains(s));
         let stream = if tcp { ", \"libnginx-mod-stream\"" } else { "" };
         let mut manifest = format!(
-            "schema = 1\nname = \"{name}\"\nversion = \"{version}\"\nengine = \"{engine}\"\n\
+            "schema = 1\nname = \"{name}\"\nversion = \"{version}\"\nengine = {engine}\n\
              [target]\nos = \"{}\"\nrelease = \"{}\"\n\
              [packages]\ndocker = [\"docker.io\", \"apparmor\"]\nregistry = [\"docker-registry\"]\nnginx = [\"nginx-light\"{stream}]\n\
              logrotate = [\"logrotate\"]\nextra = {:?}\n{sources}",

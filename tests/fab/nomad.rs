@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::host::{Host, SERVICE, differences, pack_nomad, stack};
+use crate::host::{Host, SERVICE, differences, pack_nomad, stack, zd_stack};
 use crate::ports::seen_from_another_host;
 use crate::traffic::scales;
 
@@ -63,10 +63,10 @@ fn secured(host: &Host) {
         host.sh(&format!("zd loadtest {url} --rate 1 --duration 1s --json | tr -d ' \\n' || true"))
     };
     assert!(status("http://127.0.0.1:8500/v1/agent/self").contains("status-403"));
-    // Beyond loopback only the registry and the service's two entries listen.
+    // Beyond loopback only the registry, Consul's HTTPS and the service's two entries listen.
     let ports =
         host.sh("ss -Hltn | awk '{print $4}' | grep -v '^127\\.' | sed 's/.*://' | sort -un | tr '\\n' ' '");
-    assert_eq!(ports.trim(), "80 5443 8081", "{}", host.sh("ss -ltnp"));
+    assert_eq!(ports.trim(), "80 5443 8081 8501", "{}", host.sh("ss -ltnp"));
     for token in ["consul-management", "consul-zd", "nomad-management"] {
         let path = format!("/etc/zd/secrets/{token}");
         assert_eq!(host.sh(&format!("stat -c '%a %U' {path}")), "600 root\n");
@@ -146,9 +146,50 @@ fn nomad_says_why_a_job_does_not_run() {
     host.zd(&["deploy", "v2"]).ok();
     host.settles();
 
-    seen_from_another_host(&host, "why-other");
+    let other = seen_from_another_host(&host, "why-other", &["80", "5443", "8081", "8501"]);
     let said = host.zd(&["doctor"]).ok().out;
-    assert!(said.contains("zd listens on 80 (hello), 5443 (registry), 8081 (standby of hello)"), "{said}");
+    let listens = "zd listens on 80 (hello), 5443 (registry), 8081 (standby of hello), 8501 (Consul)";
+    assert!(said.contains(listens), "{said}");
+    consul_tells_others(&host, &other);
+}
+
+/// As INSTALL.md tells the site: by TLS, with a token that reads; and nothing can be changed that way.
+fn consul_tells_others(host: &Host, other: &Host) {
+    let here =
+        "CONSUL_HTTP_TOKEN=$(cat /etc/zd/secrets/consul-management) /opt/zd/generations/current/bin/consul";
+    let rules = r#"service_prefix "" { policy = "read" } node_prefix "" { policy = "read" }"#;
+    host.sh(&format!("{here} acl policy create -name site -rules '{rules}'"));
+    let token = host.sh(&format!(
+        "{here} acl token create -description site -policy-name site -format json | sed -n 's/.*\"SecretID\": \"\\(.*\\)\".*/\\1/p'"
+    ));
+    let management = host.sh("cat /etc/zd/secrets/consul-management");
+    let (_, programs) = zd_stack().expect("it is installed");
+    other.copy_in(&programs.join("consul"), "/consul");
+    other.sh(&format!("cat >/ca.crt <<'EOF'\n{}EOF", host.sh("cat /etc/zd/tls/ca.crt")));
+    let ask = |scheme: &str, token: &str, argv: &[&str]| {
+        let address = format!("{scheme}://{}:8501", host.ip);
+        let env = [
+            ("CONSUL_HTTP_ADDR", address.as_str()),
+            ("CONSUL_HTTP_TOKEN", token.trim()),
+            ("CONSUL_CACERT", "/ca.crt"),
+        ];
+        other.run_env(&env, &[&["/consul"], argv].concat())
+    };
+    let told = ask("https", &token, &["catalog", "services", "-tags"]).ok().out;
+    assert!(told.contains("hello") && told.contains("green"), "{told}");
+    assert_eq!(ask("https", "", &["catalog", "services"]).out.trim(), "", "without a token");
+    assert_ne!(ask("http", &token, &["catalog", "services"]).code, 0, "without TLS");
+    other.sh("rm /ca.crt; : >/ca.crt");
+    assert_ne!(ask("https", &token, &["catalog", "services"]).code, 0, "of a CA that it does not know");
+    other.sh(&format!("cat >/ca.crt <<'EOF'\n{}EOF", host.sh("cat /etc/zd/tls/ca.crt")));
+    let change = ask("https", &management, &["kv", "put", "zd/services/hello/pointer", "x"]);
+    assert!(change.code != 0 && change.err.contains("403"), "{change:?}");
+    assert_eq!(host.drift(), serde_json::json!([]));
+    // Secrets made anew: another certificate of another CA, and the site's token goes on.
+    host.zd(&["secrets", "rotate", "--yes"]).ok();
+    assert_ne!(ask("https", &token, &["catalog", "services"]).code, 0, "the CA before");
+    other.sh(&format!("cat >/ca.crt <<'EOF'\n{}EOF", host.sh("cat /etc/zd/tls/ca.crt")));
+    assert!(ask("https", &token, &["catalog", "services"]).ok().out.contains("hello"));
 }
 
 fn deploys(host: &Host) {

@@ -3,7 +3,7 @@
 use crate::host::Host;
 
 /// Connects to every TCP port of the host from another one, and to its containers by way of it.
-pub fn seen_from_another_host(host: &Host, name: &str) {
+pub fn seen_from_another_host(host: &Host, name: &str, ports: &[&str]) -> Host {
     let other = Host::booted(name);
     let open = other.run(&[
         "bash",
@@ -11,7 +11,7 @@ pub fn seen_from_another_host(host: &Host, name: &str) {
         "for p in {1..65535}; do { exec 3<>/dev/tcp/$0/$p; } 2>/dev/null && { echo $p; exec 3>&-; }; done; true",
         &host.ip,
     ]);
-    assert_eq!(open.ok().out.split_whitespace().collect::<Vec<_>>(), ["80", "5443", "8081"]);
+    assert_eq!(open.ok().out.split_whitespace().collect::<Vec<_>>(), ports);
     let status = |port: u16, path: &str| {
         let ask = "exec 3<>/dev/tcp/$0/$1; printf 'GET %s HTTP/1.0\\r\\n\\r\\n' $2 >&3; head -1 <&3";
         other.run(&["timeout", "5", "bash", "-c", ask, &host.ip, &port.to_string(), path]).ok().out
@@ -26,13 +26,14 @@ pub fn seen_from_another_host(host: &Host, name: &str) {
     other.sh(&format!("ip route add {container}/32 via {}", host.ip));
     let reached = other.run(&["timeout", "3", "bash", "-c", "exec 3<>/dev/tcp/$0/8080", &container]);
     assert_ne!(reached.code, 0, "{container} is reached");
+    other
 }
 
 #[test]
 #[ignore = "boots two hosts"]
 fn only_the_manifests_ports_answer_another_host() {
     let host = Host::installed("ports");
-    seen_from_another_host(&host, "ports-other");
+    seen_from_another_host(&host, "ports-other", &["80", "5443", "8081"]);
 
     let said = host.zd(&["doctor"]).ok().out;
     assert!(

@@ -35,9 +35,9 @@ fn settings(host: &Host) -> String {
     host.sh("find /etc/zd /etc/docker -type f ! -name 'tls.*' -exec sha256sum {} + | sort")
 }
 
-/// What a change of address has no business with.
+/// What a change of address has no business with. Consul listens on it, too.
 fn processes(host: &Host) -> String {
-    host.sh("for u in docker containerd zd-nginx@hello nomad consul consul-template; do systemctl show -p MainPID $u; done")
+    host.sh("for u in docker containerd zd-nginx@hello nomad consul-template; do systemctl show -p MainPID $u; done")
 }
 
 fn registry_of(host: &Host) -> String {
@@ -125,6 +125,7 @@ fn moves_under_load(host: &Host, new: &str) {
         assert_eq!(settings(host), before, "{when}");
         assert_eq!(registry_of(host), format!("{}:5443", host.ip), "{when}");
         assert_eq!(host.drift(), serde_json::json!([]), "{when}");
+        consul_tells(host);
     };
     let drop_in = "/run/systemd/system/zd-registry.service.d";
     host.sh(&format!(
@@ -173,10 +174,21 @@ fn moves_under_load(host: &Host, new: &str) {
     assert!(host.zd(&["history"]).ok().out.contains("line 4"));
 }
 
+/// Where there is a Consul: by TLS, with a certificate for the address that the host has.
+fn consul_tells(host: &Host) {
+    host.sh(&format!(
+        "test ! -e /etc/zd/consul.d || CONSUL_HTTP_TOKEN=$(cat /etc/zd/secrets/consul-zd) \
+         /opt/zd/generations/current/bin/consul catalog nodes -http-addr=https://{}:8501 -ca-file=/etc/zd/tls/ca.crt \
+         | grep -q node-",
+        host.ip
+    ));
+}
+
 /// With the address before gone.
 fn everything_goes_on(host: &Host, old: &str) {
     host.settles();
     host.zd(&["doctor"]).ok();
+    consul_tells(host);
     assert_eq!(host.run(&["/stick/zd", "install", "--ip", "auto", "--json"]).ok().json()["changed"], 0);
     restarts(host);
 

@@ -357,7 +357,8 @@ fn full_stack_upgraded() {
     let Some(releases) = zd_stack() else { return };
     let (folder, service) = ("stack-1", SERVICE);
     let name = Some("stack");
-    let first = Pack { folder, name, service, releases: Some(releases), ..Pack::default() }.make();
+    let (releases, loopback_only) = (Some(releases), true);
+    let first = Pack { folder, name, service, releases, loopback_only, ..Pack::default() }.make();
     let host = Host::bare("stack-next", &first);
     let before = host.picture();
     host.run(&["/stick/zd", "-q", "install", "--ip", "auto"]).ok();
