@@ -33,6 +33,8 @@ use crate::service::{health, reload, renew, switch};
 
 /// How long a job's containers may take to stop.
 const STOPPED: Duration = Duration::from_secs(30);
+/// And for how long it clears away what has ended.
+const CLEARED: Duration = Duration::from_secs(5);
 /// How long consul-template and nginx may take to answer after their units have started.
 const READY: Duration = Duration::from_secs(30);
 const EVERY: Duration = Duration::from_millis(50);
@@ -397,14 +399,15 @@ pub async fn clear_job(service: &Name, slot: Slot) -> Result<()> {
 
 /// Waits until Nomad has stopped such containers of a slot; those it does not get rid of are removed.
 async fn gone(service: &Name, slot: Slot, such: impl Fn(&Found) -> bool) -> Result<()> {
-    let docker = Docker::connect().await?;
+    let (docker, api, job) = (Docker::connect().await?, nomad::connect()?, paths::job(service, slot));
     let start = Instant::now();
     loop {
         let left: Vec<Found> = docker.of_slot(service, slot).await?.into_iter().filter(&such).collect();
         if left.is_empty() {
             return Ok(());
         }
-        if start.elapsed() > STOPPED {
+        let ended = nomad::has_ended(&api, &job).await.unwrap_or(false);
+        if start.elapsed() > if ended { CLEARED } else { STOPPED } {
             for container in left {
                 docker.remove(&container.name).await?;
             }

@@ -193,11 +193,22 @@ pub async fn collect_garbage(api: &Api) -> Result<()> {
 /// A task that failed this often will not become healthy by waiting.
 const RESTARTS: u64 = 3;
 
+/// The job's allocations, also those that have ended.
+async fn all_allocations(api: &Api, id: &str) -> Result<Vec<Value>> {
+    let all = api.get(&format!("/v1/job/{id}/allocations")).await?;
+    Ok(all.as_array().cloned().unwrap_or_default())
+}
+
 /// The job's live allocations.
 async fn allocations(api: &Api, id: &str) -> Result<Vec<Value>> {
-    let all = api.get(&format!("/v1/job/{id}/allocations")).await?;
-    let all = all.as_array().cloned().unwrap_or_default();
+    let all = all_allocations(api, id).await?;
     Ok(all.into_iter().filter(|a| a["DesiredStatus"] == "run").collect())
+}
+
+/// Every allocation of the job has ended: containers of it that are still there are not Nomad's.
+pub async fn has_ended(api: &Api, id: &str) -> Result<bool> {
+    let ended = |a: &Value| !["pending", "running"].iter().any(|status| a["ClientStatus"] == *status);
+    Ok(all_allocations(api, id).await?.iter().all(ended))
 }
 
 fn tasks(allocation: &Value) -> impl Iterator<Item = (&String, &Value)> {
@@ -427,6 +438,11 @@ mod tests {
         ] {
             let (_replay, api) = replay(&[recording]).await;
             assert_eq!(keeps_ending(&api, "hello-green").await, expected, "{recording}");
+        }
+        for (recording, expected) in [("nomad-allocations-dying", false), ("nomad-allocations-purged", true)]
+        {
+            let (_replay, api) = replay(&[recording]).await;
+            assert_eq!(has_ended(&api, "hello-green").await.unwrap(), expected, "{recording}");
         }
     }
 

@@ -148,8 +148,7 @@ fn restore(host: &Host, zd: &str, file: &str, more: &[&str]) -> crate::host::Sai
 
 /// Installed, deployed, switched, scaled, upgraded: green holds v3, which the bundle does not carry.
 fn lived_in(name: &str, [first, next]: &[PathBuf; 2], keys: &Path, by_manifest: bool) -> Host {
-    let host = Host::bare(name, first);
-    host.run(&["/stick/zd", "-q", "install", "--ip", "auto"]).ok();
+    let host = Host::installed_from(name, first);
     host.copy_in(keys, "/keys");
     if by_manifest {
         assert_eq!(host.sh("systemctl is-active zd-backup.timer"), "active\n");

@@ -15,8 +15,7 @@ fn killed_in_the_middle_of_a_switch() {
 #[ignore = "boots a host"]
 fn full_stack_killed_in_the_middle_of_a_switch() {
     let Some(stick) = stack() else { return };
-    let host = Host::bare("killed-nomad", stick);
-    host.run(&["/stick/zd", "-q", "install", "--ip", "auto"]).ok();
+    let host = Host::installed_from("killed-nomad", stick);
     switches_killed(&host);
     host.settles();
 }
@@ -112,8 +111,7 @@ fn full_stack_install_killed_after_every_journal_entry_and_run_again() {
 }
 
 fn run_again(engine: &str, stick: &Path) {
-    let reference = Host::bare(&format!("whole{engine}"), stick);
-    reference.run(&["/stick/zd", "-q", "install", "--ip", "auto"]).ok();
+    let reference = Host::installed_from(&format!("whole{engine}"), stick);
     let wanted = comparable(&reference.picture());
     let host = Host::bare(&format!("resumed{engine}"), stick);
     // Each run dies at the first entry it writes: together they die once after every entry.

@@ -265,7 +265,11 @@ impl Host {
 
     /// As [`Host::bare`], and installed.
     pub fn installed(name: &str) -> Self {
-        let host = Self::bare(name, stick());
+        Self::installed_from(name, stick())
+    }
+
+    pub fn installed_from(name: &str, stick: &Path) -> Self {
+        let host = Self::bare(name, stick);
         host.run(&["/stick/zd", "-q", "install", "--ip", "auto"]).ok();
         host
     }

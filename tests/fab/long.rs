@@ -81,8 +81,7 @@ fn ws(host: &Host) -> Request {
 #[test]
 #[ignore = "boots a host"]
 fn long_lived_paths() {
-    let host = Host::bare("long", &pack("long", &format!("{SERVICE}{LONG}")));
-    host.run(&["/stick/zd", "-q", "install"]).ok();
+    let host = Host::installed_from("long", &pack("long", &format!("{SERVICE}{LONG}")));
     host.zd(&["deploy", "v2"]).ok();
     over_switches(&host);
     nothing_is_hidden(&host);
@@ -95,8 +94,7 @@ fn long_lived_paths() {
 #[ignore = "boots a host"]
 fn long_lived_paths_on_the_nomad_engine() {
     let Some(stick) = pack_nomad("long-nomad", &format!("{SERVICE}{LONG}")) else { return };
-    let host = Host::bare("long-nomad", &stick);
-    host.run(&["/stick/zd", "-q", "install"]).ok();
+    let host = Host::installed_from("long-nomad", &stick);
     host.zd(&["deploy", "v2"]).ok();
     over_switches(&host);
     nothing_is_hidden(&host);
@@ -255,8 +253,7 @@ type Seen = (u64, u64, String);
 #[ignore = "boots a host"]
 fn long_lived_requests_that_come_and_go() {
     const SWITCHES: usize = 30;
-    let host = Host::bare("come-and-go", &pack("long", &format!("{SERVICE}{LONG}")));
-    host.run(&["/stick/zd", "-q", "install"]).ok();
+    let host = Host::installed_from("come-and-go", &pack("long", &format!("{SERVICE}{LONG}")));
     host.zd(&["deploy", "v2"]).ok();
     let polls = |delay_ms: u32, rate: &str| {
         let url = format!("http://{}/poll?delay_ms={delay_ms}", host.ip);

@@ -79,8 +79,7 @@ fn tcp_ports() {
 #[ignore = "boots a host"]
 fn tcp_ports_on_the_nomad_engine() {
     let Some(stick) = pack_nomad("tcp-nomad", &format!("{SERVICE}{TCP}")) else { return };
-    let host = Host::bare("tcp-nomad", &stick);
-    host.run(&["/stick/zd", "-q", "install"]).ok();
+    let host = Host::installed_from("tcp-nomad", &stick);
     on_a_real_disk(&host, moves);
     shut_ports_are_refused(&host);
     nginx_killed(&host);

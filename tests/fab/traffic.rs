@@ -42,8 +42,7 @@ fn a_hundred_switches_under_load() {
 #[ignore = "boots a host"]
 fn slow_services() {
     let folder = pack("slow", &SERVICE.replace("\"v1\"", "\"slow200\""));
-    let host = Host::bare("slow", &folder);
-    host.run(&["/stick/zd", "-q", "install", "--ip", "auto"]).ok();
+    let host = Host::installed_from("slow", &folder);
     host.zd(&["deploy", "v2"]).ok();
 
     // 200 ms answers: drained in time, nothing fails.
