@@ -57,8 +57,17 @@ pub struct Listener {
     pub owner: String,
     /// Its unit; empty where it has none.
     pub unit: String,
-    /// The listener belongs to a unit of zd's.
+    /// The listener belongs to a unit that is zd's by its name.
     pub ours: bool,
+}
+
+impl Listener {
+    /// It is zd's on a host that has zd: units of the stack do not say so in their names. Not Docker's: the site may
+    /// publish ports of its own there.
+    pub fn is_zds(&self) -> bool {
+        self.ours
+            || ["consul.service", "nomad.service", "consul-template.service"].contains(&self.unit.as_str())
+    }
 }
 
 impl Facts {

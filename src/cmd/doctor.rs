@@ -14,7 +14,7 @@ use crate::facts::{self, Facts};
 use crate::host::config::Installed;
 use crate::host::paths;
 use crate::host::secrets::{self, Secret};
-use crate::plan::preflight::{self, Finding, STACK_UNITS};
+use crate::plan::preflight::{self, Finding};
 use crate::receipt;
 use crate::ui::Ui;
 
@@ -115,12 +115,8 @@ fn ports(installed: &Installed, facts: &Facts) -> Vec<Finding> {
     let (mut wanted, mut others) = (BTreeMap::new(), BTreeMap::new());
     for l in facts.listeners.iter().filter(|l| !l.ip.to_canonical().is_loopback()) {
         match expected.get(&l.port) {
-            Some(what) if l.ours || STACK_UNITS.contains(&l.unit.as_str()) => {
-                _ = wanted.insert(l.port, format!("{} ({what})", l.port))
-            }
-            None if !l.ours && !STACK_UNITS.contains(&l.unit.as_str()) => {
-                others.insert(l.port, format!("{} of {}", l.port, l.owner));
-            }
+            Some(what) if l.is_zds() => _ = wanted.insert(l.port, format!("{} ({what})", l.port)),
+            None if !l.is_zds() => _ = others.insert(l.port, format!("{} of {}", l.port, l.owner)),
             _ => {
                 let what = format!("{} of {} can be reached from outside and should not", l.port, l.owner);
                 let cure = match l.unit.as_str() {

@@ -24,8 +24,6 @@ const STACK_MEMORY: u64 = 256 << 20;
 const CONTAINER_MEMORY: u64 = 16 << 20;
 /// Cure of a clock that is wrong.
 pub const SET_CLOCK: &str = "set the clock: timedatectl set-time 'YYYY-MM-DD hh:mm:ss'";
-/// Units that are zd's and do not say so in their names. Not Docker's: the site may publish ports of its own there.
-pub const STACK_UNITS: [&str; 3] = ["consul.service", "nomad.service", "consul-template.service"];
 /// Left free on every file system after an install, for logs and the host itself.
 const DISK_SPARE: u64 = 256 << 20;
 
@@ -172,11 +170,10 @@ pub fn moved(facts: &Facts, to: &Installed) -> Vec<Finding> {
     }
     found.extend(registry_port(&to.lock, port));
     let meets = |other: IpAddr| other.is_unspecified() || other.to_canonical() == IpAddr::V4(ip);
-    let ours = |l: &Listener| l.ours || STACK_UNITS.contains(&l.unit.as_str());
     let registry = (port, "private registry", "stop it, or take another: --registry-port PORT");
     let consul = to.lock.consul_https.map(|port| (port, CONSUL_HTTPS, "stop it"));
     for (port, what, cure) in consul.into_iter().chain([registry]) {
-        let taken = facts.listeners.iter().find(|l| l.port == port && !ours(l) && meets(l.ip));
+        let taken = facts.listeners.iter().find(|l| l.port == port && !l.is_zds() && meets(l.ip));
         found.push(match taken {
             None => Finding::ok("port", format!("{port} for the {what} is free on {ip}")),
             Some(l) => {
@@ -234,8 +231,7 @@ fn ports(facts: &Facts, wants: &Wants, found: &mut Vec<Finding>) {
     let wanted = services.flat_map(|s| s.ports()).map(|(port, what)| (port, what, manifest));
     let registry =
         (wants.registry_port, "private registry", "stop it, or take another: --registry-port PORT");
-    // Where zd has installed a stack, its units are ours and do not look it.
-    let ours = |l: &Listener| l.ours || !wants.fresh && STACK_UNITS.contains(&l.unit.as_str());
+    let ours = |l: &Listener| if wants.fresh { l.ours } else { l.is_zds() };
     let stack = wants.lock.stack_ports().map(|(port, what)| (port, what, "stop it"));
     // Between the others the manifest has seen to it.
     found.extend(registry_port(wants.lock, wants.registry_port));

@@ -1,8 +1,9 @@
 //! A booted host, and a folder for the stick made once for all tests.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -195,17 +196,7 @@ impl Pack<'_> {
         };
         let sources = match self.newer {
             [] => String::new(),
-            newer => {
-                let folder = work.join(format!("{}-newer", self.folder));
-                let mut made = Command::new(root().join("tests/fab/newer"));
-                let said = said(
-                    made.env("BROKEN", self.broken).arg(&folder).args(newer).output().expect("newer runs"),
-                )
-                .ok();
-                let path = folder.join("apt.sources");
-                std::fs::write(&path, said.out).expect("sources");
-                format!("sources = {path:?}\n")
-            }
+            newer => format!("sources = {:?}\n", newer_packages(work, newer, self.broken)),
         };
         let tcp = ["[[service.tcp]]", "[[service.long-lived]]"].iter().any(|s| self.service.contains(s));
         let stream = if tcp { ", \"libnginx-mod-stream\"" } else { "" };
@@ -229,6 +220,22 @@ impl Pack<'_> {
         }
         manifest + self.service
     }
+}
+
+/// An apt sources file with later versions of packages; made once for all bundles that bring the same.
+fn newer_packages(work: &Path, packages: &[&str], broken: &str) -> PathBuf {
+    static MADE: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
+    let folder = work.join(format!("newer-{}-{broken}", packages.join("-")));
+    let path = folder.join("apt.sources");
+    let mut made = MADE.lock().unwrap_or_else(PoisonError::into_inner);
+    if !made.contains(&path) {
+        let mut newer = Command::new(root().join("tests/fab/newer"));
+        newer.env("BROKEN", broken).arg(&folder).args(packages);
+        let sources = said(newer.output().expect("newer runs")).ok().out;
+        std::fs::write(&path, sources).expect("sources");
+        made.insert(path.clone());
+    }
+    path
 }
 
 /// The folder that most tests install from.
