@@ -48,6 +48,7 @@ fn ports_are_opened_in_each_kind_of_firewall() {
     host.sh(&format!("printf '{}' >/etc/nftables.conf", RULES.replace('\n', "\\n")));
     host.sh("systemctl enable --quiet --now nftables");
     opened(&host, "nftables");
+    host.is_hardened(&["zd-firewall"]);
     for change in ["reload", "restart"] {
         host.sh(&format!("systemctl {change} nftables"));
         assert!(becomes(&host, true), "lasts over a {change}");

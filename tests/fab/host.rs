@@ -1,6 +1,6 @@
 //! A booted host, and a folder for the stick made once for all tests.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Mutex, OnceLock, PoisonError};
@@ -279,6 +279,24 @@ impl Host {
         let host = Self::bare(name, stick);
         host.run(&["/stick/zd", "-q", "install", "--ip", "auto"]).ok();
         host
+    }
+
+    /// Every service unit that zd has written, these among them, has an exposure of at most 4.0 of 10 (systemd-analyze(1)).
+    pub fn is_hardened(&self, among: &[&str]) {
+        let said = self.sh(
+            "for unit in $(find /etc/systemd/system -maxdepth 1 -type f -name '*.service' ! -name 'fab-*' -printf '%f\\n' \
+             | sed 's/@[.]/@hello./'); do systemd-analyze security --no-pager $unit | tail -1; done",
+        );
+        let exposures: BTreeMap<&str, f32> = said
+            .lines()
+            .filter_map(|line| {
+                let mut words = line.split("level for ").nth(1)?.split(' ');
+                Some((words.next()?.strip_suffix(".service:")?, words.next()?.parse().ok()?))
+            })
+            .collect();
+        println!("exposures: {exposures:?}");
+        assert!(among.iter().all(|unit| exposures.contains_key(unit)), "{among:?} in {said}");
+        assert!(exposures.values().all(|exposure| *exposure <= 4.0), "{said}");
     }
 
     pub fn copy_in(&self, from: &Path, to: &str) {

@@ -85,11 +85,7 @@ fn everything_is_from_the_registry(host: &Host) {
          journalctl --no-pager | grep -cF -- '{password}' || true"
     ));
     assert_eq!(found.trim(), "0");
-    for unit in ["zd-registry.service", "zd-nginx@hello.service"] {
-        let exposure = host.sh(&format!("systemd-analyze security --no-pager {unit} | tail -1"));
-        let number: f32 = exposure.split_whitespace().find_map(|w| w.parse().ok()).expect("a number");
-        assert!(number <= 4.0, "{unit}: {exposure}");
-    }
+    host.is_hardened(&["zd-registry", "zd-registry-push", "zd-nginx@hello", "zd-settle", "zd-logrotate"]);
 }
 
 /// All anew under load; the deploys that follow pull with the new password.

@@ -42,9 +42,6 @@ fn only_reads(host: &Host) {
 fn registry_takes_pushes_from_zd_only() {
     let host = Host::installed("registry");
     only_reads(&host);
-    let exposure = host.sh("systemd-analyze security --no-pager zd-registry-push.service | tail -1");
-    let number: f32 = exposure.split_whitespace().find_map(|w| w.parse().ok()).expect("a number");
-    assert!(number <= 4.0, "{exposure}");
 
     // A zd that was killed left it open, and an upload broken off: nobody but root gets at it, and the next run
     // with the bundle puts both away.
