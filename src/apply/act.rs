@@ -400,14 +400,16 @@ pub async fn clear_job(service: &Name, slot: Slot) -> Result<()> {
 /// Waits until Nomad has stopped such containers of a slot; those it does not get rid of are removed.
 async fn gone(service: &Name, slot: Slot, such: impl Fn(&Found) -> bool) -> Result<()> {
     let (docker, api, job) = (Docker::connect().await?, nomad::connect()?, paths::job(service, slot));
-    let start = Instant::now();
+    let (start, mut ended) = (Instant::now(), None);
     loop {
         let left: Vec<Found> = docker.of_slot(service, slot).await?.into_iter().filter(&such).collect();
         if left.is_empty() {
             return Ok(());
         }
-        let ended = nomad::has_ended(&api, &job).await.unwrap_or(false);
-        if start.elapsed() > if ended { CLEARED } else { STOPPED } {
+        if ended.is_none() && nomad::has_ended(&api, &job).await.unwrap_or(false) {
+            ended = Some(Instant::now());
+        }
+        if start.elapsed() > STOPPED || ended.is_some_and(|at| at.elapsed() > CLEARED) {
             for container in left {
                 docker.remove(&container.name).await?;
             }

@@ -1,6 +1,8 @@
 //! `zd secrets rotate`: every secret that zd has made on this host is made anew. Traffic needs none of
 //! them. A run that was broken off is simply run again: only then are the secrets before it worth nothing.
 
+use std::path::Path;
+
 use serde::Serialize;
 
 use super::ChangeArgs;
@@ -8,13 +10,14 @@ use super::deploy::settle_interrupted;
 use crate::audit::{self, Event};
 use crate::bundle::manifest::Engine;
 use crate::error::{At, Result};
+use crate::facts::Facts;
 use crate::failpoint;
 use crate::host::config::Installed;
 use crate::host::lock::HostLock;
 use crate::host::registry::Registry;
 use crate::host::secrets::Secret;
 use crate::host::{Host, consul, fs, nomad, paths, signing, systemd};
-use crate::plan::stack;
+use crate::plan::{preflight, stack};
 use crate::ui::Ui;
 
 /// Make the secrets of this host anew
@@ -54,11 +57,13 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
         settle_interrupted(&Host::new(ui)).await?;
     }
     let installed = Installed::require()?;
+    let facts = Facts::gather().await?;
+    preflight::refuse(&[preflight::address(&facts, installed.host.ip, false)])?;
     let full_stack = installed.lock.engine == Engine::Nomad;
     let mut report = Report { rotated: REGISTRY.into(), restarted: vec!["zd-registry"] };
     if full_stack {
         report.rotated.extend(STACK);
-        report.rotated.extend(installed.lock.consul_https.map(|_| "Consul certificate"));
+        report.rotated.extend(Path::new(paths::CONSUL_CERT).exists().then_some("Consul certificate"));
         report.restarted.extend(["consul", "nomad", "consul-template"]);
     }
     report.rotated.push("signing key");
@@ -146,7 +151,8 @@ async fn certificates(installed: &Installed, full_stack: bool, ui: &Ui) -> Resul
     Registry::ready(host).await?;
     ui.done("the registry has its new certificate and password");
     if full_stack {
-        if installed.lock.consul_https.is_some() {
+        // Also one that is of no use just now: after the next upgrade it may be.
+        if Path::new(paths::CONSUL_CERT).exists() {
             Secret::ConsulCertificate { ip: host.ip.into() }.make()?;
             systemd::restart(consul::UNIT).await?;
             consul::set_up(&host.node()).await?;

@@ -190,6 +190,8 @@ fn secrets() -> Vec<String> {
             found.extend(text.lines().map(|l| l.trim().to_owned()));
         }
     }
+    let key = std::fs::read_to_string(paths::CONSUL_KEY).unwrap_or_default();
+    found.extend(key.lines().map(|l| l.trim().to_owned()));
     for folder in [paths::CONSUL_ETC, paths::NOMAD_ETC, paths::CONSUL_TEMPLATE_ETC] {
         strings(&private_config(folder).unwrap_or_default(), &mut found);
     }

@@ -199,6 +199,7 @@ async fn carry_out(
     let foreign_docker = foreign_docker(&facts)?;
     let mut findings = preflight::host(&facts);
     findings.push(preflight::address(&facts, from.host.ip, false));
+    findings.extend(preflight::consul_https(&facts, installed));
     findings.extend(planner::obstacles(&from.lock, &installed.lock, &packages));
     // An earlier generation is gone back to on purpose.
     findings.retain(|f| target.bundle.is_some() || f.name != "sequence");

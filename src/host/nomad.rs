@@ -207,7 +207,7 @@ async fn allocations(api: &Api, id: &str) -> Result<Vec<Value>> {
 
 /// Every allocation of the job has ended: containers of it that are still there are not Nomad's.
 pub async fn has_ended(api: &Api, id: &str) -> Result<bool> {
-    let ended = |a: &Value| !["pending", "running"].iter().any(|status| a["ClientStatus"] == *status);
+    let ended = |a: &Value| ["complete", "failed"].iter().any(|status| a["ClientStatus"] == *status);
     Ok(all_allocations(api, id).await?.iter().all(ended))
 }
 

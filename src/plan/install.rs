@@ -413,8 +413,8 @@ impl Builder<'_> {
             Some(Firewall::Nftables { chain }) => {
                 let variables = json!({ "chain": chain, "ports": ports.collect::<Vec<_>>() });
                 let unit = assets::render("zd-firewall.service", assets::FIREWALL_UNIT, variables)?;
-                self.unit_file("zd-firewall.service", unit);
-                self.push(Step::Unit { name: "zd-firewall.service".into() });
+                let name = "zd-firewall.service";
+                self.daemon(name, vec![unit_file(name, unit)], None);
             }
             Some(Firewall::Manager(manager)) => {
                 self.steps.extend(ports.map(|port| Step::Firewall { kind: *manager, port }));

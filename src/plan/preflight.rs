@@ -169,19 +169,36 @@ pub fn moved(facts: &Facts, to: &Installed) -> Vec<Finding> {
         found.push(Finding::bad("address", what, "use an address that other machines reach this host by"));
     }
     found.extend(registry_port(&to.lock, port));
-    let meets = |other: IpAddr| other.is_unspecified() || other.to_canonical() == IpAddr::V4(ip);
-    let registry = (port, "private registry", "stop it, or take another: --registry-port PORT");
-    let consul = to.lock.consul_https.map(|port| (port, CONSUL_HTTPS, "stop it"));
-    for (port, what, cure) in consul.into_iter().chain([registry]) {
-        let taken = facts.listeners.iter().find(|l| l.port == port && !l.is_zds() && meets(l.ip));
-        found.push(match taken {
-            None => Finding::ok("port", format!("{port} for the {what} is free on {ip}")),
-            Some(l) => {
-                Finding::bad("port", format!("{port} for the {what} is taken on {ip} by {}", l.owner), cure)
-            }
-        });
-    }
+    found.extend(consul_https(facts, to));
+    let cure = "stop it, or take another: --registry-port PORT";
+    found.push(port_on(facts, ip, port, "private registry", cure));
     found
+}
+
+/// The port of Consul's that others reach, on a host that has zd.
+pub fn consul_https(facts: &Facts, to: &Installed) -> Option<Finding> {
+    let port = to.lock.consul_https?;
+    let cure = "stop it, or give consul-https another port in the manifest";
+    if port == to.host.registry_port {
+        let what = format!("{port} for the {CONSUL_HTTPS} is that of this host's private registry");
+        return Some(Finding::bad(
+            "port",
+            what,
+            "zd reconfigure --registry-port PORT, or another in the manifest",
+        ));
+    }
+    Some(port_on(facts, to.host.ip, port, CONSUL_HTTPS, cure))
+}
+
+/// Whether a port of an address is free, or zd's.
+fn port_on(facts: &Facts, ip: Ipv4Addr, port: u16, what: &str, cure: &str) -> Finding {
+    let meets = |other: IpAddr| other.is_unspecified() || other.to_canonical() == IpAddr::V4(ip);
+    match facts.listeners.iter().find(|l| l.port == port && !l.is_zds() && meets(l.ip)) {
+        None => Finding::ok("port", format!("{port} for the {what} is free on {ip}")),
+        Some(l) => {
+            Finding::bad("port", format!("{port} for the {what} is taken on {ip} by {}", l.owner), cure)
+        }
+    }
 }
 
 /// Another part of zd has, or will have, the port that is wanted for the registry: on loopback, too.
@@ -232,7 +249,10 @@ fn ports(facts: &Facts, wants: &Wants, found: &mut Vec<Finding>) {
     let registry =
         (wants.registry_port, "private registry", "stop it, or take another: --registry-port PORT");
     let ours = |l: &Listener| if wants.fresh { l.ours } else { l.is_zds() };
-    let stack = wants.lock.stack_ports().map(|(port, what)| (port, what, "stop it"));
+    // Where there is a stack, others may have its ports on other addresses than loopback.
+    let stack =
+        wants.lock.stack_ports().filter(|(port, _)| wants.fresh || Some(*port) == wants.lock.consul_https);
+    let stack = stack.map(|(port, what)| (port, what, "stop it"));
     // Between the others the manifest has seen to it.
     found.extend(registry_port(wants.lock, wants.registry_port));
     for (port, what, cure) in wanted.chain([registry]).chain(stack) {

@@ -92,6 +92,11 @@ pub fn differences(from: &Lock, to: &Lock, packages: &[Moved]) -> Vec<String> {
             ));
         }
     }
+    if from.consul_https != to.consul_https {
+        let shown = |port: Option<u16>| port.map_or("-".into(), |port| port.to_string());
+        let (before, now) = (shown(from.consul_https), shown(to.consul_https));
+        lines.push(format!("consul-https {before} -> {now} (Consul restarted; traffic does not need it)"));
+    }
     lines.extend(packages.iter().map(|p| format!("package {} {} -> {}", p.name, p.from, p.to)));
     for image in &to.images {
         if from.image(&image.reference).is_none_or(|b| b.manifest != image.manifest) {
