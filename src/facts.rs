@@ -9,7 +9,7 @@ use jiff::Timestamp;
 use procfs::Current;
 use serde::Serialize;
 
-use crate::bundle::manifest::Target;
+use crate::bundle::target::Target;
 use crate::error::{At, Code, Result};
 use crate::host::firewall::Firewall;
 

@@ -6,7 +6,8 @@ use std::fmt;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::manifest::{CONSUL_HTTPS, Engine, ImageRef, Packages, Product, STACK_PORTS, Service, Target};
+use super::manifest::{CONSUL_HTTPS, Engine, ImageRef, Packages, Product, STACK_PORTS, Service};
+use super::target::Target;
 use crate::backup::Settings;
 use crate::error::{Code, Result};
 use crate::ids::{Digest, Fingerprint, Name, Version};

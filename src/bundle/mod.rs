@@ -9,6 +9,7 @@ pub mod reader;
 pub mod service;
 pub mod signature;
 pub mod sources;
+pub mod target;
 pub mod writer;
 
 pub use lock::Lock;

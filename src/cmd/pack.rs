@@ -9,12 +9,13 @@ use serde::Serialize;
 
 use crate::assets;
 use crate::bundle::lock::{self, Deb, Image, Lock, Role};
-use crate::bundle::manifest::{FileSource, Manifest, Packages, Service, Target};
+use crate::bundle::manifest::{FileSource, Manifest, Packages, Service};
 use crate::bundle::signature::{Key, Signer};
 use crate::bundle::sources::cache::{Cache, hash, hash_file};
 use crate::bundle::sources::place::Place;
 use crate::bundle::sources::url::{self, Wanted};
 use crate::bundle::sources::{Blobs, apt, hashicorp, image};
+use crate::bundle::target::Target;
 use crate::bundle::writer;
 use crate::error::{At, Code, Result, source_file};
 use crate::ids::Digest;

@@ -116,8 +116,7 @@ async fn tokens(installed: &Installed, ui: &Ui) -> Result<()> {
     if nomad::version().await.is_err() {
         // A run that was broken off has left it with a certificate of the CA before.
         Secret::NomadCertificate.make()?;
-        systemd::restart("nomad.service").await?;
-        nomad::set_up().await?;
+        nomad::restart().await?;
     }
     consul::renew_tokens(&installed.host.node()).await?;
     nomad::renew_token().await?;
@@ -126,8 +125,7 @@ async fn tokens(installed: &Installed, ui: &Ui) -> Result<()> {
     Secret::NomadPrivate.make()?;
     consul::renew_gossip_key().await?;
     nomad::renew_gossip_key().await?;
-    systemd::restart(consul::UNIT).await?;
-    consul::set_up(&installed.host.node()).await?;
+    consul::restart(&installed.host.node()).await?;
     systemd::restart("consul-template.service").await?;
     ui.done("Consul and Nomad have new tokens and gossip keys");
     Ok(())
@@ -154,14 +152,12 @@ async fn certificates(installed: &Installed, full_stack: bool, ui: &Ui) -> Resul
         // Also one that is of no use just now: after the next upgrade it may be.
         if Path::new(paths::CONSUL_CERT).exists() {
             Secret::ConsulCertificate { ip: host.ip.into() }.make()?;
-            systemd::restart(consul::UNIT).await?;
-            consul::set_up(&host.node()).await?;
+            consul::restart(&host.node()).await?;
             ui.done("Consul has its new certificate");
         }
         Secret::DockerAuth { registry: host.registry() }.make()?;
         Secret::NomadCertificate.make()?;
-        systemd::restart("nomad.service").await?;
-        nomad::set_up().await?;
+        nomad::restart().await?;
         ui.done("Nomad has its new certificate and registry account");
     }
     Ok(())

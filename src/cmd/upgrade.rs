@@ -199,6 +199,7 @@ async fn carry_out(
     let foreign_docker = foreign_docker(&facts)?;
     let mut findings = preflight::host(&facts);
     findings.push(preflight::address(&facts, from.host.ip, false));
+    findings.extend(preflight::registry_port(&installed.lock, installed.host.registry_port));
     findings.extend(preflight::consul_https(&facts, installed));
     findings.extend(planner::obstacles(&from.lock, &installed.lock, &packages));
     // An earlier generation is gone back to on purpose.

@@ -6,8 +6,8 @@ use std::time::Instant;
 use serde::Serialize;
 
 use crate::bundle::Bundle;
-use crate::bundle::manifest::Target;
 use crate::bundle::signature::Key;
+use crate::bundle::target::Target;
 use crate::error::{Code, Result};
 use crate::host::paths;
 use crate::ids::Digest;

@@ -81,6 +81,12 @@ pub async fn set_up(node: &str) -> Result<()> {
     Ok(())
 }
 
+/// Restarted, and waited for as in [`set_up`].
+pub async fn restart(node: &str) -> Result<()> {
+    systemd::restart(UNIT).await?;
+    set_up(node).await
+}
+
 async fn wait(api: &Api) -> Result<()> {
     // The ACL system starts a moment after the leader does, and says so with a 500.
     systemd::until_serving(UNIT, READY, EVERY, async || api.get("/v1/acl/policies").await.map(drop)).await

@@ -99,6 +99,12 @@ async fn bootstrap(api: &Api, reset: impl FnOnce(&str) -> Result<()>) -> Result<
     Err(api.refused("/v1/acl/bootstrap", &reply))
 }
 
+/// Restarted, and waited for as in [`set_up`].
+pub async fn restart() -> Result<()> {
+    systemd::restart(UNIT).await?;
+    set_up().await
+}
+
 /// Another management token, beside the present one; its file names the new one then.
 pub async fn renew_token() -> Result<()> {
     let secret = another_token(&connect()?).await?;

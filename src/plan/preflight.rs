@@ -177,17 +177,8 @@ pub fn moved(facts: &Facts, to: &Installed) -> Vec<Finding> {
 
 /// The port of Consul's that others reach, on a host that has zd.
 pub fn consul_https(facts: &Facts, to: &Installed) -> Option<Finding> {
-    let port = to.lock.consul_https?;
     let cure = "stop it, or give consul-https another port in the manifest";
-    if port == to.host.registry_port {
-        let what = format!("{port} for the {CONSUL_HTTPS} is that of this host's private registry");
-        return Some(Finding::bad(
-            "port",
-            what,
-            "zd reconfigure --registry-port PORT, or another in the manifest",
-        ));
-    }
-    Some(port_on(facts, to.host.ip, port, CONSUL_HTTPS, cure))
+    to.lock.consul_https.map(|port| port_on(facts, to.host.ip, port, CONSUL_HTTPS, cure))
 }
 
 /// Whether a port of an address is free, or zd's.
@@ -202,14 +193,18 @@ fn port_on(facts: &Facts, ip: Ipv4Addr, port: u16, what: &str, cure: &str) -> Fi
 }
 
 /// Another part of zd has, or will have, the port that is wanted for the registry: on loopback, too.
-fn registry_port(lock: &Lock, wanted: u16) -> Option<Finding> {
+pub fn registry_port(lock: &Lock, wanted: u16) -> Option<Finding> {
     let services = lock.services.iter();
     let services =
         services.flat_map(|s| s.ports().map(move |(port, what)| (port, format!("{what} of {}", s.name))));
     let mut all = services.chain(lock.stack_ports().map(|(port, what)| (port, what.to_owned())));
     let (port, owner) = all.find(|(port, _)| *port == wanted)?;
     let what = format!("{port} is wanted for the private registry and for the {owner}");
-    Some(Finding::bad("port", what, "take another for the registry: --registry-port PORT"))
+    Some(Finding::bad(
+        "port",
+        what,
+        "take another for the registry: --registry-port PORT of zd install or zd reconfigure",
+    ))
 }
 
 /// What the containers of both slots may take. Nomad places only what it has room for by their memory-mb; to Docker

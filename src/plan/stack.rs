@@ -14,7 +14,7 @@ use crate::error::{Code, Result};
 use crate::host::config::{HostConfig, Installed};
 use crate::host::paths::{self, CONSUL_TEMPLATE_USER, CONSUL_USER};
 use crate::host::secrets::{Secret, Token};
-use crate::host::{consul, nginx};
+use crate::host::{consul, nginx, nomad};
 
 impl Builder<'_> {
     pub(super) fn programs(&mut self, installed: &Installed) {
@@ -78,13 +78,13 @@ impl Builder<'_> {
             // By its ids Nomad knows the node, and what runs on it, again.
             let client = Path::new(paths::NOMAD_DATA).join("client");
             self.dir(&client, 0o700);
-            self.saved_files("ids of Nomad's client", &client, Some("nomad.service"));
-            self.secret(Secret::Token(Token::NomadManagement), "nomad.service");
+            self.saved_files("ids of Nomad's client", &client, Some(nomad::UNIT));
+            self.secret(Secret::Token(Token::NomadManagement), nomad::UNIT);
         }
         self.dir(etc, 0o700);
-        self.secret(Secret::NomadCertificate, "nomad.service");
+        self.secret(Secret::NomadCertificate, nomad::UNIT);
         self.pulls(&installed.host);
-        self.secret(Secret::NomadPrivate, "nomad.service");
+        self.secret(Secret::NomadPrivate, nomad::UNIT);
         let variables = json!({
             "node": installed.host.node(),
             "data": paths::NOMAD_DATA,
@@ -105,7 +105,7 @@ impl Builder<'_> {
 
     /// The account that Nomad pulls with; read at each pull.
     pub(super) fn pulls(&mut self, host: &HostConfig) {
-        self.secret(Secret::DockerAuth { registry: host.registry() }, "nomad.service");
+        self.secret(Secret::DockerAuth { registry: host.registry() }, nomad::UNIT);
     }
 
     /// After the services' slots are known to Consul: their pools, as nginx reads them.

@@ -81,7 +81,7 @@ pub async fn renew(process: &Process, installed: &Installed) -> Result<()> {
 /// whose wait call fails.
 async fn docker(engine: Engine) -> Result<()> {
     if engine == Engine::Nomad {
-        systemd::stop("nomad.service").await?;
+        systemd::stop(nomad::UNIT).await?;
     }
     for unit in ["containerd.service", "docker.service"] {
         if is_unit_stale(unit).await? {
@@ -90,7 +90,7 @@ async fn docker(engine: Engine) -> Result<()> {
     }
     until(READY, EVERY, async || Docker::connect().await.map(drop)).await?;
     if engine == Engine::Nomad {
-        systemd::start("nomad.service").await?;
+        systemd::start(nomad::UNIT).await?;
         nomad::set_up().await?;
     }
     Ok(())

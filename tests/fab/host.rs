@@ -189,11 +189,8 @@ impl Pack<'_> {
             line.trim_matches('"').to_owned()
         };
         let (name, version) = (self.name.unwrap_or(self.folder), self.version.unwrap_or("1"));
-        let engine = match (&self.releases, self.loopback_only) {
-            (None, _) => "\"docker\"",
-            (Some(_), true) => "\"nomad\"",
-            (Some(_), false) => "\"nomad\"\nconsul-https = 8501",
-        };
+        let engine = if self.releases.is_some() { "nomad" } else { "docker" };
+        let https = if engine == "nomad" && !self.loopback_only { "consul-https = 8501\n" } else { "" };
         let sources = match self.newer {
             [] => String::new(),
             newer => format!("sources = {:?}\n", newer_packages(work, newer, self.broken)),
@@ -201,7 +198,7 @@ impl Pack<'_> {
         let tcp = ["[[service.tcp]]", "[[service.long-lived]]"].iter().any(|s| self.service.contains(s));
         let stream = if tcp { ", \"libnginx-mod-stream\"" } else { "" };
         let mut manifest = format!(
-            "schema = 1\nname = \"{name}\"\nversion = \"{version}\"\nengine = {engine}\n\
+            "schema = 1\nname = \"{name}\"\nversion = \"{version}\"\nengine = \"{engine}\"\n{https}\
              [target]\nos = \"{}\"\nrelease = \"{}\"\n\
              [packages]\ndocker = [\"docker.io\", \"apparmor\"]\nregistry = [\"docker-registry\"]\nnginx = [\"nginx-light\"{stream}]\n\
              logrotate = [\"logrotate\"]\nextra = {:?}\n{sources}",
