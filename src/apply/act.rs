@@ -169,6 +169,7 @@ pub async fn act(step: &Step, host: &Host<'_>) -> Result<()> {
             }
             Ok(())
         }
+        Step::Drop { services } => drop_services(services).await,
         Step::Record { service, slot, version, digest } => {
             let mut state = State::read(service)?;
             let filled = Filled {
@@ -180,7 +181,8 @@ pub async fn act(step: &Step, host: &Host<'_>) -> Result<()> {
             state.slots.insert(*slot, filled);
             state.write(service)
         }
-        Step::Firewall { kind, port } => kind.open(*port).await,
+        Step::Firewall { kind, port, open: true } => kind.open(*port).await,
+        Step::Firewall { kind, port, .. } => kind.close(*port).await,
         Step::Restored(restored) => restore(host, restored).await,
         Step::Snapshot { product: Product::Consul } => {
             as_node_of(backup(host)?).await?;
@@ -395,6 +397,41 @@ pub async fn resize_job(service: &Name, slot: Slot, job: &Value) -> Result<()> {
 pub async fn clear_job(service: &Name, slot: Slot) -> Result<()> {
     nomad::purge(&nomad::connect()?, &paths::job(service, slot)).await?;
     gone(service, slot, |_| true).await
+}
+
+/// With Nomad gone its containers are still there: they are removed as well.
+pub async fn remove_job(service: &Name, slot: Slot) -> Result<()> {
+    if nomad::version().await.is_ok() {
+        clear_job(service, slot).await?;
+        return nomad::collect_garbage(&nomad::connect()?).await;
+    }
+    let Ok(docker) = Docker::connect().await else { return Ok(()) };
+    docker.clear_slot(service, slot).await
+}
+
+/// Content with what is gone already. The folder goes last: by it the service is known.
+pub async fn drop_services(services: &[Name]) -> Result<()> {
+    for service in services {
+        for unit in [format!("zd-pools@{service}.path"), paths::nginx_unit(service)] {
+            systemd::stop(&unit).await?;
+            systemd::disable(&unit).await?;
+        }
+        for slot in Slot::BOTH {
+            remove_job(service, slot).await?;
+        }
+        if let Ok(api) = consul::zd() {
+            consul::forget(&api, service).await?;
+        }
+        let told = [
+            paths::nginx_conf(service),
+            paths::nginx_pools(service),
+            paths::pools(service),
+            paths::template(service),
+        ];
+        told.iter().try_for_each(|path| hostfs::remove_file(path))?;
+        hostfs::remove_tree(&paths::service(service))?;
+    }
+    Ok(())
 }
 
 /// Waits until Nomad has stopped such containers of a slot; those it does not get rid of are removed.

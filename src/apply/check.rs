@@ -233,6 +233,10 @@ pub async fn check(step: &Step, host: &Host<'_>) -> Result<Check> {
             }
             needed_unless(!any, Undo::FinishRemoving { containers: containers.clone() })
         }
+        Step::Drop { services } => {
+            let any = services.iter().any(|service| paths::service(service).exists());
+            needed_unless(!any, Undo::FinishDropping { services: services.clone() })
+        }
         Step::Record { service, slot, version, digest } => {
             let state = State::read(service)?;
             let same = state.slots.get(slot).is_some_and(|f| f.version == *version && f.digest == *digest);
@@ -288,8 +292,11 @@ pub async fn check(step: &Step, host: &Host<'_>) -> Result<Check> {
                 Err(e) => return Err(e),
             }
         }
-        Step::Firewall { kind, port } => {
-            needed_unless(kind.is_open(*port).await?, Undo::CloseFirewall { kind: *kind, port: *port })
+        Step::Firewall { kind, port, open } => {
+            let (kind, port) = (*kind, *port);
+            let undo =
+                if *open { Undo::CloseFirewall { kind, port } } else { Undo::OpenFirewall { kind, port } };
+            needed_unless(kind.is_open(port).await? == *open, undo)
         }
     })
 }

@@ -7,15 +7,14 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 
 use super::Way;
-use super::act::{aside, clear_job, load_gate, place_job, resize_job, switch_to, trust_ca};
+use super::act::{aside, drop_services, load_gate, place_job, remove_job, resize_job, switch_to, trust_ca};
 use crate::error::{At, Code, OrCode, Result};
 use crate::facts;
 use crate::host::config::{HostConfig, Installed};
 use crate::host::docker::{Docker, parked};
 use crate::host::registry::Registry;
 use crate::host::secrets::Secret;
-use crate::host::{Host, consul, exec, fs as hostfs, nomad, packages, paths, systemd};
-use crate::ids::{Name, Slot};
+use crate::host::{Host, consul, exec, fs as hostfs, packages, paths, systemd};
 use crate::plan::{DataCopy, Keep, Undo};
 use crate::receipt::Receipt;
 use crate::service::renew;
@@ -143,10 +142,17 @@ pub async fn revert(undo: &Undo, host: &Host<'_>, way: Way) -> Result<()> {
             }
             Ok(())
         }
+        // Their other steps take them away.
+        Undo::FinishDropping { .. } if way != Way::Back => Ok(()),
+        Undo::FinishDropping { services } => drop_services(services).await,
+        // Its folder goes, or is gone with its service.
+        Undo::RestoreState { .. } if way != Way::Back => Ok(()),
         Undo::RestoreState { service, text } => {
             hostfs::write(&crate::service::state::path(service), text.as_bytes(), 0o644, None)
         }
         Undo::CloseFirewall { kind, port } => kind.close(*port).await,
+        Undo::OpenFirewall { kind, port } if way == Way::Back => kind.open(*port).await,
+        Undo::OpenFirewall { .. } => Ok(()),
         Undo::PutBackFiles { files, new, unit } => {
             new.iter().try_for_each(|path| hostfs::remove_file(path))?;
             if way != Way::Back {
@@ -234,16 +240,6 @@ async fn remake(secret: &Secret) -> Result<()> {
         Some(host) => Registry::ready(&host).await,
         None => Ok(()),
     }
-}
-
-/// With Nomad gone its containers are still there: they are removed as well.
-async fn remove_job(service: &Name, slot: Slot) -> Result<()> {
-    if nomad::version().await.is_ok() {
-        clear_job(service, slot).await?;
-        return nomad::collect_garbage(&nomad::connect()?).await;
-    }
-    let Ok(docker) = Docker::connect().await else { return Ok(()) };
-    docker.clear_slot(service, slot).await
 }
 
 fn holds_data(path: &Path) -> bool {

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use serde::Serialize;
 
-use super::install::{foreign_docker, key_of_this_host, states};
+use super::install::{foreign_docker, key_of_this_host, states, tell_notes};
 use super::verify::{BundleArgs, check_target, verify_blobs};
 use super::watched::{self, Seen, Told};
 use super::{ChangeArgs, lines};
@@ -15,10 +15,11 @@ use crate::backup::Settings;
 use crate::bundle::Bundle;
 use crate::bundle::Lock;
 use crate::bundle::manifest::{ImageRef, Service};
-use crate::error::{Code, OrCode, Result};
+use crate::error::{At, Code, OrCode, Result};
 use crate::facts::{self, Facts};
 use crate::host::config::{HostConfig, Installed};
 use crate::host::docker::Docker;
+use crate::host::firewall::{self, Firewall};
 use crate::host::lock::HostLock;
 use crate::host::{Host, fs, generation, packages, paths};
 use crate::ids::{Digest, Name, Slot, Version};
@@ -201,12 +202,20 @@ async fn carry_out(
     findings.push(preflight::address(&facts, from.host.ip, false));
     findings.extend(preflight::registry_port(&installed.lock, installed.host.registry_port));
     findings.extend(preflight::consul_https(&facts, installed));
+    let (open_firewall, opened) = opened(&facts)?;
+    let in_use = |port: &u16| installed.lock.client_ports().any(|p| p == *port);
+    if open_firewall.is_none()
+        && !installed.lock.client_ports().all(|p| from.lock.client_ports().any(|b| b == p))
+    {
+        findings.extend(preflight::firewall(&facts, &installed.lock));
+    }
     findings.extend(planner::obstacles(&from.lock, &installed.lock, &packages));
     // An earlier generation is gone back to on purpose.
-    findings.retain(|f| target.bundle.is_some() || f.name != "sequence");
+    findings.retain(|f| target.bundle.is_some() || ![planner::SEQUENCE, planner::DROPPED].contains(&f.name));
     if let Some(bundle) = target.bundle.filter(|_| !target.resumed) {
         findings.extend(preflight::room(&bundle.lock, Some(&from.lock))?);
     }
+    tell_notes(&findings, ui);
     let differences = planner::differences(&from.lock, &installed.lock, &packages);
     let inputs = Inputs {
         installed,
@@ -215,7 +224,7 @@ async fn carry_out(
             .or_code(Code::Bug, "the lock is not text")?,
         foreign_docker,
         states,
-        open_firewall: None,
+        open_firewall,
         backup: Settings::read(&installed.lock)?,
         restored: None,
     };
@@ -225,10 +234,12 @@ async fn carry_out(
         packages,
         carried: target.bundle.is_some(),
         filled: filled.clone(),
+        dropped: if target.bundle.is_none() { dropped(&installed.lock)? } else { Vec::new() },
+        shut: opened.into_iter().filter(|port| !in_use(port)).collect(),
         standing: standing(from, &filled).await?,
     };
     let plan = planner::plan(&inputs, change)?;
-    let host = Host { bundle: target.bundle, ..Host::new(ui) };
+    let host = Host { bundle: target.bundle, coming: Some(installed), ..Host::new(ui) };
     if args.dry_run {
         let dry_run = DryRun { plan: apply::preview(&plan, &host).await?, differences };
         ui.report(&dry_run, |d| format!("{}{}", lines(&d.differences), d.plan.text()));
@@ -363,6 +374,34 @@ async fn moved(from: &Installed, to: &Lock, ui: &Ui) -> Result<Vec<Moved>> {
         }
     }
     Ok(moved)
+}
+
+/// Services that have a folder here, and that the lock has not: also those of a way back that was broken off.
+fn dropped(lock: &Lock) -> Result<Vec<Name>> {
+    let folders = std::fs::read_dir(paths::SERVICES).at(paths::SERVICES)?;
+    let names = folders.filter_map(|folder| folder.ok()?.file_name().to_str()?.parse().ok());
+    Ok(names.filter(|name| lock.service(name).is_none()).collect())
+}
+
+/// The firewall that is active, where zd has opened ports in it, and those that it remembers.
+fn opened(facts: &Facts) -> Result<(Option<Firewall>, Vec<u16>)> {
+    let mut ports = Vec::new();
+    let opened = match &facts.firewall {
+        None => false,
+        Some(Firewall::Nftables { .. }) => Path::new(paths::UNITS).join(firewall::UNIT).exists(),
+        Some(Firewall::Manager(manager)) => {
+            let receipts = receipt::all()?;
+            let undos = receipts.iter().flat_map(|r| &r.steps).filter(|i| !i.undone).map(|i| &i.undo);
+            ports.extend(undos.filter_map(|undo| match undo {
+                Undo::CloseFirewall { kind, port } if kind == manager => Some(*port),
+                _ => None,
+            }));
+            !ports.is_empty()
+        }
+    };
+    ports.sort_unstable();
+    ports.dedup();
+    Ok((facts.firewall.clone().filter(|_| opened), ports))
 }
 
 /// Containers at work in slots that are not to change.

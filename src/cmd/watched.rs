@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use crate::apply::{self, Summary};
 use crate::audit::{self, Event};
+use crate::bundle::manifest::Service;
 use crate::error::Result;
 use crate::host::Host;
 use crate::host::config::Installed;
@@ -70,7 +71,9 @@ pub async fn apply(
     bundle: &Digest,
     told: Told<'_>,
 ) -> Result<Applied> {
-    let watch = Watch::start(&from.lock.services);
+    let stays = |s: &&Service| host.coming.is_none_or(|to| to.lock.service(&s.name).is_some());
+    let services: Vec<Service> = from.lock.services.iter().filter(stays).cloned().collect();
+    let watch = Watch::start(&services);
     let host = Host { watch: Some(&watch), ..host };
     let event = |outcome, detail| {
         audit::write(Event { verb: plan.verb, outcome, reason: told.reason, detail, ..Event::default() })

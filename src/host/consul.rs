@@ -11,6 +11,7 @@ use super::api::Api;
 use super::secrets::{self, Token};
 use super::{paths, systemd, until};
 use crate::error::{Code, Result};
+use crate::ids::Name;
 
 pub const UNIT: &str = "consul.service";
 const SNAPSHOT: &str = "/v1/snapshot";
@@ -237,6 +238,12 @@ pub async fn set(api: &Api, key: &str, value: &Value) -> Result<()> {
     Err(Code::Stack.err(format!("Consul key {key} is changed by somebody else all the time")))
 }
 
+/// What Consul was told of a service, but for the audit log.
+pub async fn forget(api: &Api, service: &Name) -> Result<()> {
+    // The slash: no other service's name begins so.
+    api.delete(&format!("/v1/kv/zd/services/{service}/?recurse")).await.map(drop)
+}
+
 /// Version, of a Consul with a leader.
 pub async fn version() -> Result<String> {
     version_of(&zd()?).await
@@ -378,6 +385,17 @@ mod tests {
         let e = write(&api, &[("other".into(), blue, 0)]).await.unwrap_err();
         assert!(e.what.starts_with("Consul answers /v1/txn with 409 Conflict: "), "{}", e.what);
         assert!(e.what.contains("Permission denied"), "{}", e.what);
+    }
+
+    #[tokio::test]
+    async fn a_service_is_forgotten_and_no_other() {
+        let replay = Replay::of(&["consul-forget"]).await;
+        let api = replay.api(CONSUL, Some(Token::ConsulZd));
+        forget(&api, &"hello".parse().unwrap()).await.unwrap();
+        assert_eq!(read(&api, KEY).await.unwrap(), (Value::Null, 0));
+        assert_eq!(read(&api, "zd/services/hello2/pointer").await.unwrap().0, json!({ "active": "blue" }));
+        let e = forget(&replay.api(CONSUL, Some(Token::ConsulTemplate)), &"hello2".parse().unwrap()).await;
+        assert!(e.unwrap_err().what.contains("403 Forbidden: Permission denied"));
     }
 
     #[tokio::test]

@@ -6,6 +6,9 @@ use serde_json::Value;
 use super::exec;
 use crate::error::Result;
 
+/// Puts zd's ports into nftables' input chain.
+pub const UNIT: &str = "zd-firewall.service";
+
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Firewall {

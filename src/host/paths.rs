@@ -132,6 +132,11 @@ pub fn placed_job(name: &Name, slot: Slot) -> PathBuf {
     service(name).join(format!("{slot}.job.json"))
 }
 
+/// What consul-template makes them from.
+pub fn template(service: &Name) -> PathBuf {
+    format!("{TEMPLATES}/{service}.ctmpl").into()
+}
+
 /// Upstreams of a service, as consul-template writes them.
 pub fn pools(service: &Name) -> PathBuf {
     format!("{POOLS}/{service}.conf").into()

@@ -15,7 +15,7 @@ use crate::bundle::manifest::{Door, Engine, ImageRef, Service, Tcp};
 use crate::bundle::signature::Key;
 use crate::error::{Code, OrCode, Result};
 use crate::host::config::{HostConfig, Installed};
-use crate::host::firewall::Firewall;
+use crate::host::firewall::{self, Firewall};
 use crate::host::nginx;
 use crate::host::paths::{self, NGINX_USER, REGISTRY_USER};
 use crate::host::secrets::Secret;
@@ -78,7 +78,7 @@ pub fn plan(inputs: &Inputs) -> Result<Plan> {
     }
     if !lock.services.is_empty() {
         plan.log_rotation(lock)?;
-        plan.firewall(inputs)?;
+        plan.firewall(inputs, &[])?;
     }
     plan.backups(inputs)?;
     plan.current(installed);
@@ -406,18 +406,20 @@ impl Builder<'_> {
         Ok(())
     }
 
-    fn firewall(&mut self, inputs: &Inputs) -> Result<()> {
+    /// A manager's ports that are `shut` are those of a bundle before; nftables' unit has no others than it says.
+    pub(super) fn firewall(&mut self, inputs: &Inputs, shut: &[u16]) -> Result<()> {
         let ports = inputs.installed.lock.client_ports();
         match &inputs.open_firewall {
             None => {}
             Some(Firewall::Nftables { chain }) => {
                 let variables = json!({ "chain": chain, "ports": ports.collect::<Vec<_>>() });
-                let unit = assets::render("zd-firewall.service", assets::FIREWALL_UNIT, variables)?;
-                let name = "zd-firewall.service";
-                self.daemon(name, vec![unit_file(name, unit)], None);
+                let unit = assets::render(firewall::UNIT, assets::FIREWALL_UNIT, variables)?;
+                self.daemon(firewall::UNIT, vec![unit_file(firewall::UNIT, unit)], None);
             }
             Some(Firewall::Manager(manager)) => {
-                self.steps.extend(ports.map(|port| Step::Firewall { kind: *manager, port }));
+                let step = |port, open| Step::Firewall { kind: *manager, port, open };
+                self.steps.extend(ports.map(|port| step(port, true)));
+                self.steps.extend(shut.iter().map(|port| step(*port, false)));
             }
         }
         Ok(())

@@ -168,6 +168,11 @@ pub enum Step {
     Retire {
         containers: Vec<String>,
     },
+    /// Services that are no longer installed, with all that they run and are told by; their logs stay. After this there
+    /// is no way back.
+    Drop {
+        services: Vec<Name>,
+    },
     /// What the slot holds, in the service's state.
     Record {
         service: Name,
@@ -178,6 +183,7 @@ pub enum Step {
     Firewall {
         kind: Manager,
         port: u16,
+        open: bool,
     },
     /// What Consul or Nomad held, out of its snapshot in a backup, where it does not know the tokens of then.
     Snapshot {
@@ -315,8 +321,13 @@ impl Step {
             Step::Retire { containers } => {
                 format!("containers no longer kept: {}", containers.join(" "))
             }
+            Step::Drop { services } => {
+                let names: Vec<&str> = services.iter().map(Name::as_str).collect();
+                format!("services no longer installed: {}", names.join(" "))
+            }
             Step::Record { service, slot, version, .. } => format!("{service} {slot} recorded as {version}"),
-            Step::Firewall { kind, port } => format!("{} lets tcp {port} in", kind.name()),
+            Step::Firewall { kind, port, open: true } => format!("{} lets tcp {port} in", kind.name()),
+            Step::Firewall { kind, port, .. } => format!("{} no longer lets tcp {port} in", kind.name()),
             Step::Restored(restored) => format!("{} from the backup", restored.what),
             Step::Snapshot { product } => format!("state of {product} from the backup"),
             Step::RestoredLog => "audit log from the backup".into(),
@@ -428,6 +439,10 @@ pub enum Undo {
     FinishRemoving {
         containers: Vec<String>,
     },
+    /// As [`Undo::FinishRemoving`].
+    FinishDropping {
+        services: Vec<Name>,
+    },
     /// The parked container stands and runs again.
     PutBack {
         name: String,
@@ -438,6 +453,10 @@ pub enum Undo {
         text: String,
     },
     CloseFirewall {
+        kind: Manager,
+        port: u16,
+    },
+    OpenFirewall {
         kind: Manager,
         port: u16,
     },
@@ -460,7 +479,7 @@ pub enum Undo {
 impl Undo {
     /// There is no way back from its step.
     pub fn is_finish(&self) -> bool {
-        matches!(self, Self::FinishRemoving { .. })
+        matches!(self, Self::FinishRemoving { .. } | Self::FinishDropping { .. })
     }
 }
 

@@ -141,7 +141,7 @@ pub fn bundle(facts: &Facts, wants: &Wants) -> Result<Vec<Finding>> {
     if wants.fresh {
         disks(lock, None, wants.packages_installed, &mut found)?;
     }
-    firewall(facts, lock, &mut found);
+    found.extend(firewall(facts, lock));
     Ok(found)
 }
 
@@ -342,14 +342,12 @@ fn disks(
     Ok(())
 }
 
-fn firewall(facts: &Facts, lock: &Lock, found: &mut Vec<Finding>) {
-    let Some(kind) = &facts.firewall else { return };
+/// What clients need of an active firewall.
+pub fn firewall(facts: &Facts, lock: &Lock) -> Option<Finding> {
+    let name = facts.firewall.as_ref()?.name();
     let ports: Vec<String> = lock.client_ports().map(|port| format!("tcp {port}")).collect();
-    found.push(Finding::note(
-        "firewall",
-        format!("{} is active; clients need {}", kind.name(), ports.join(", ")),
-        "--open-firewall opens them",
-    ));
+    let what = format!("{name} is active; clients need {}", ports.join(", "));
+    Some(Finding::note("firewall", what, "zd install --open-firewall opens them"))
 }
 
 #[cfg(test)]

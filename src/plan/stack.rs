@@ -122,7 +122,7 @@ impl Builder<'_> {
         let mut files = Vec::new();
         for service in services {
             let text = assets::render("pools.ctmpl", assets::POOLS_TEMPLATE, nginx::pool_settings(service))?;
-            files.push(text_file(format!("{templates}/{}.ctmpl", service.name), text));
+            files.push(text_file(paths::template(&service.name), text));
         }
         let names: Vec<_> = services.iter().map(|s| &s.name).collect();
         let variables = json!({ "services": names, "templates": templates, "pools": paths::POOLS });

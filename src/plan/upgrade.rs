@@ -10,7 +10,11 @@ use crate::bundle::manifest::{Engine, Service, Tcp};
 use crate::error::Result;
 use crate::host::config::Installed;
 use crate::host::paths;
-use crate::ids::{Slot, numbers};
+use crate::ids::{Name, Slot, numbers};
+
+/// What stands in the way of an upgrade only.
+pub const SEQUENCE: &str = "sequence";
+pub const DROPPED: &str = "dropped service";
 
 /// What there is to know beside what an install has to know.
 pub struct Change<'a> {
@@ -22,6 +26,10 @@ pub struct Change<'a> {
     pub carried: bool,
     /// Services whose standby gets another version.
     pub filled: Vec<(&'a Service, Slot)>,
+    /// Services that the generation gone back to does not have.
+    pub dropped: Vec<Name>,
+    /// Ports that zd has opened in the firewall, and that clients have no more use for.
+    pub shut: Vec<u16>,
     /// Containers that are to be the same ones afterwards.
     pub standing: Vec<Standing>,
 }
@@ -66,6 +74,7 @@ pub fn plan(inputs: &Inputs, change: Change) -> Result<Plan> {
     }
     if !lock.services.is_empty() {
         plan.log_rotation(lock)?;
+        plan.firewall(inputs, &change.shut)?;
     }
     plan.backups(inputs)?;
     if !change.standing.is_empty() {
@@ -73,6 +82,9 @@ pub fn plan(inputs: &Inputs, change: Change) -> Result<Plan> {
     }
     plan.file(paths::HOST_TOML, installed.host.to_toml()?);
     plan.current(installed);
+    if !change.dropped.is_empty() {
+        plan.push(Step::Drop { services: change.dropped });
+    }
     plan.steps
         .extend(change.filled.iter().filter_map(|(service, slot)| slot::retire(installed, service, *slot)));
     let about = format!("{} to {}", change.from.lock.title(), lock.title());
@@ -81,7 +93,10 @@ pub fn plan(inputs: &Inputs, change: Change) -> Result<Plan> {
 
 /// One line for each part that becomes another, as `name before -> after`.
 pub fn differences(from: &Lock, to: &Lock, packages: &[Moved]) -> Vec<String> {
-    let mut lines = Vec::new();
+    let gone = from.services.iter().filter(|before| to.service(&before.name).is_none());
+    let mut lines: Vec<String> = gone
+        .map(|before| format!("service {} goes, and port {} with it", before.name, before.listen))
+        .collect();
     for release in &to.releases {
         let before = from.release(release.product);
         if before.is_none_or(|b| b.digest != release.digest) {
@@ -129,12 +144,12 @@ pub fn obstacles(from: &Lock, to: &Lock, packages: &[Moved]) -> Vec<Finding> {
     }
     if to.created < from.created {
         let what = format!("the bundle was packed {}, the installed one {}", to.created, from.created);
-        bad("sequence", what, "an older bundle is gone back to: zd generations, zd rollback --generation N");
+        bad(SEQUENCE, what, "an older bundle is gone back to: zd generations, zd rollback --generation N");
     }
     for (place, before) in from.services.iter().enumerate() {
         let name = &before.name;
         match to.services.iter().position(|s| s.name == *name) {
-            None => bad("service", format!("{name} is not in the bundle"), "keep it in the manifest"),
+            None => bad(DROPPED, format!("{name} is not in the bundle"), "keep it in the manifest"),
             Some(now) if now != place => {
                 let what = format!("{name} is service {} here and {} in the bundle", place + 1, now + 1);
                 bad(
@@ -147,6 +162,13 @@ pub fn obstacles(from: &Lock, to: &Lock, packages: &[Moved]) -> Vec<Finding> {
                 let what =
                     format!("{name} listens on {}, in the bundle on {}", before.port, to.services[now].port);
                 bad("service", what, "keep the port: both slots must have the same one");
+            }
+            Some(now) if to.services[now].listen != before.listen => {
+                let what = format!(
+                    "{name} serves clients on {}, in the bundle on {}",
+                    before.listen, to.services[now].listen
+                );
+                bad("service", what, "keep the port: clients come to it");
             }
             Some(now) => {
                 let now = &to.services[now].tcp;
@@ -187,11 +209,11 @@ pub fn obstacles(from: &Lock, to: &Lock, packages: &[Moved]) -> Vec<Finding> {
         if now < was {
             let what =
                 format!("{name} {} is installed, the bundle brings {}", before.version, release.version);
-            bad("sequence", what, "data does not go back by a bundle: zd rollback --generation N");
+            bad(SEQUENCE, what, "data does not go back by a bundle: zd rollback --generation N");
         } else if now.0 != was.0 || now.1 > was.1 + 2 {
             let what =
                 format!("{name} {} to {} leaves out versions between", before.version, release.version);
-            bad("sequence", what, "go in steps of at most two minor versions, as HashiCorp supports it");
+            bad(SEQUENCE, what, "go in steps of at most two minor versions, as HashiCorp supports it");
         }
     }
     found

@@ -3,7 +3,7 @@
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
-use crate::host::{Host, Pack, SERVICE};
+use crate::host::{Host, Pack, SECOND, SERVICE};
 use crate::tcp::TCP;
 
 const RULES: &str = "flush ruleset
@@ -20,14 +20,16 @@ table inet filter {
 #[test]
 #[ignore = "boots a host"]
 fn ports_are_opened_in_each_kind_of_firewall() {
-    let stick = Pack {
-        folder: "firewalls",
-        extra: &["ufw", "firewalld", "nftables"],
-        service: &format!("{SERVICE}{TCP}"),
-        ..Pack::default()
-    }
-    .make();
+    let service = format!("{SERVICE}{TCP}");
+    let extra = &["ufw", "firewalld", "nftables"];
+    let stick = Pack { folder: "firewalls", extra, service: &service, ..Pack::default() }.make();
     let host = Host::bare("firewall", &stick);
+    let service = service + SECOND;
+    let (folder, name, version) = ("firewalls-2", Some("firewalls"), Some("2"));
+    host.copy_in(
+        &Pack { folder, name, version, extra, service: &service, ..Pack::default() }.make(),
+        "/stick2",
+    );
     // It would start with its package, and throw away the rules that dockerd has just made.
     host.sh("systemctl mask --quiet firewalld");
     host.run(&["/stick/zd", "-q", "install"]).ok();
@@ -37,12 +39,14 @@ fn ports_are_opened_in_each_kind_of_firewall() {
     host.sh("ufw --force enable");
     opened(&host, "ufw");
     assert!(host.sh("ufw status").contains("80/tcp"), "told to ufw, so that it lasts");
+    follow_the_bundle(&host);
     host.sh("ufw --force disable");
 
     host.sh("systemctl start firewalld");
     opened(&host, "firewalld");
     host.sh("firewall-cmd --reload");
     assert!(becomes(&host, true), "lasts over a reload");
+    follow_the_bundle(&host);
     host.sh("systemctl stop firewalld");
 
     host.sh(&format!("printf '{}' >/etc/nftables.conf", RULES.replace('\n', "\\n")));
@@ -53,6 +57,7 @@ fn ports_are_opened_in_each_kind_of_firewall() {
         host.sh(&format!("systemctl {change} nftables"));
         assert!(becomes(&host, true), "lasts over a {change}");
     }
+    follow_the_bundle(&host);
     host.restart();
     host.settles();
     let again = host.run(&["/stick/zd", "install", "--open-firewall", "--json"]).ok().json();
@@ -85,6 +90,16 @@ fn opened(host: &Host, kind: &str) {
     assert_eq!(again["changed"], 0, "{kind}: {again}");
 }
 
+/// The port of a service that comes with a bundle is opened, and shut when it goes.
+fn follow_the_bundle(host: &Host) {
+    host.run(&["/stick2/zd", "-q", "upgrade", "--yes"]).ok();
+    assert!(all_are(host, true) && reaches(host, 82));
+    host.zd(&["rollback", "--generation", "1", "--yes"]).ok();
+    let rules = host.sh("ufw status; firewall-cmd --list-ports 2>&1; nft list ruleset");
+    assert!(!rules.contains("zd 82") && rules.split_whitespace().all(|word| word != "82/tcp"), "{rules}");
+    assert!(all_are(host, true));
+}
+
 /// firewalld is not yet, or no more, at work when its command has returned.
 fn becomes(host: &Host, wanted: bool) -> bool {
     let start = Instant::now();
@@ -99,8 +114,10 @@ fn becomes(host: &Host, wanted: bool) -> bool {
 
 /// From another machine: every port that clients come to is open, or none.
 fn all_are(host: &Host, open: bool) -> bool {
-    [80, 5000, 5001].iter().all(|port| {
-        let address = format!("{}:{port}", host.ip).parse().expect("an address");
-        TcpStream::connect_timeout(&address, Duration::from_secs(1)).is_ok() == open
-    })
+    [80, 5000, 5001].iter().all(|port| reaches(host, *port) == open)
+}
+
+fn reaches(host: &Host, port: u16) -> bool {
+    let address = format!("{}:{port}", host.ip).parse().expect("an address");
+    TcpStream::connect_timeout(&address, Duration::from_secs(1)).is_ok()
 }

@@ -15,6 +15,7 @@ pub const APART: Duration = Duration::from_millis(10);
 pub struct Host {
     pub name: String,
     pub ip: String,
+    booted: Instant,
 }
 
 /// What a command of the host said and how it ended.
@@ -77,6 +78,18 @@ listen = 80
 standby-listen = 8081
 instances = 2
 health-timeout = 8
+"#;
+
+/// Another one beside it.
+pub const SECOND: &str = r#"
+[[service]]
+name = "second"
+image = "hello"
+version = "v1"
+port = 8080
+listen = 82
+standby-listen = 8083
+instances = 1
 "#;
 
 /// A folder for the stick with all sample images.
@@ -254,7 +267,7 @@ impl Host {
         let name = format!("zd-fab-{name}");
         fab(&["down", &name]);
         let ip = fab(&["up", &name]).trim().to_owned();
-        let host = Host { name, ip };
+        let host = Host { name, ip, booted: Instant::now() };
         // As on a server: Docker lets everybody take low ports.
         host.sh("echo 1024 >/proc/sys/net/ipv4/ip_unprivileged_port_start");
         host
@@ -412,6 +425,7 @@ impl Drop for Host {
     fn drop(&mut self) {
         // A failed test leaves its host to be looked at; `fab clean` takes it away.
         if !std::thread::panicking() {
+            println!("{}: {:.0} s", self.name, self.booted.elapsed().as_secs_f32());
             fab(&["down", &self.name]);
         }
     }

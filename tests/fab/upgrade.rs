@@ -1,10 +1,14 @@
 //! The bundle of the next quarter, applied to services at work, and back again.
 
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::time::Instant;
 
-use crate::host::{Host, PROGRAMS, Pack, Running, SERVICE, Said, differences, next_stack, stack, zd_stack};
+use crate::host::{
+    Host, PROGRAMS, Pack, Running, SECOND, SERVICE, Said, differences, next_stack, stack, zd_stack,
+};
 
 const PACKAGES: [&str; 3] = ["nginx", "docker.io", "docker-registry"];
 
@@ -19,8 +23,27 @@ fn next(folder: &str, service_version: &str, broken: &str) -> PathBuf {
     next_with(folder, service_version, &PACKAGES, broken)
 }
 
+/// Another version of the service, and another service.
+fn with_second(version: &str) -> String {
+    SERVICE.replace("\"v1\"", &format!("{version:?}")) + SECOND
+}
+
+/// What the second service answers; empty where it is not installed, nor anything left of it.
+fn second(host: &Host) -> String {
+    let mut answer = String::new();
+    if let Ok(mut stream) = TcpStream::connect((host.ip.as_str(), 82)) {
+        stream.write_all(b"GET /hello HTTP/1.0\r\n\r\n").expect("asked");
+        stream.read_to_string(&mut answer).expect("an answer");
+    } else {
+        let left = "docker ps -aq -f label=zd.service=second; ls /var/lib/zd/services /etc/zd/nginx /etc/zd/templates \
+                    /var/lib/zd/pools | grep second; systemctl --no-legend list-units --all '*@second.*'";
+        assert_eq!(host.sh(&format!("({left}) 2>/dev/null || true")), "");
+    }
+    answer
+}
+
 fn next_with(folder: &str, service_version: &str, newer: &[&str], broken: &str) -> PathBuf {
-    let service = SERVICE.replace("\"v1\"", &format!("{service_version:?}"));
+    let service = with_second(service_version);
     let (name, version) = (Some("quarter"), Some("2"));
     let (service, without) = (service.as_str(), "v3");
     Pack { folder, name, version, service, newer, broken, without, ..Pack::default() }.make()
@@ -59,6 +82,7 @@ fn upgraded_and_back_at_work() {
     assert_eq!(report["generation"], 2, "{report}");
     assert_eq!(report["failed"], 0, "{report}");
     assert!(report["probes"].as_u64().unwrap() > 50, "{report}");
+    assert!(second(&host).contains("v1"));
     assert_eq!(report["deployed"][0]["slot"], "green", "{report}");
     let now = pids(&host);
     let same: Vec<_> = now.lines().filter(|line| processes.lines().any(|l| l == *line)).collect();
@@ -81,6 +105,7 @@ fn upgraded_and_back_at_work() {
     let back = host.zd(&["rollback", "--generation", "1", "--yes", "--json"]).ok().json();
     println!("back to generation 1: {:.1} s", start.elapsed().as_secs_f32());
     assert_eq!((back["failed"].clone(), back["generation"].clone()), (0.into(), 1.into()), "{back}");
+    assert_eq!(second(&host), "", "gone back");
     assert!(!host.sh("dpkg-query -W nginx docker.io docker-registry").contains("+zd1"));
     host.settles();
     host.clean(running);
@@ -293,26 +318,35 @@ fn torn(host: &Host, next: &Path) {
             break;
         }
         assert_eq!(host.sh("dpkg-query -W"), packages, "undo after entry {entry}");
+        assert_eq!(second(host), "", "undo after entry {entry}");
         host.settles();
         tried += 1;
         entry += if long { 1 } else { 14 };
     }
     println!("upgrade killed after {tried} entries and undone each time");
-    host.zd(&["rollback", "--generation", "1", "--yes"]).ok();
+    assert!(second(host).contains("v1"));
+    let back = ["zd", "-q", "rollback", "--generation", "1", "--yes"];
+    let plan = host.run(&[&back[..], &["--dry-run"]].concat()).ok().out;
+    assert!(plan.contains("service second goes, and port 82 with it"), "{plan}");
+    finished_though_killed(host, &back);
+    assert_eq!(second(host), "", "gone back");
     host.clean(running);
     taken_back_by_a_reboot(host, "journal:5");
     let running = load(host, 300, 0);
-    // Each run dies at the first entry that it writes.
+    finished_though_killed(host, &["/stick2/zd", "-q", "upgrade", "--yes"]);
+    assert!(host.sh("dpkg-query -W nginx").contains("+zd1") && second(host).contains("v1"));
+    host.settles();
+    host.clean(running);
+}
+
+/// Each run dies at the first entry that it writes.
+fn finished_though_killed(host: &Host, command: &[&str]) {
     let mut kills = 0;
-    while host.run_env(&[("ZD_FAILPOINT", "journal:1")], &["/stick2/zd", "-q", "upgrade", "--yes"]).code != 0
-    {
+    while host.run_env(&[("ZD_FAILPOINT", "journal:1")], command).code != 0 {
         kills += 1;
         assert!(kills < 200, "does not come to an end");
     }
-    println!("upgrade killed {kills} times and run again each time");
-    assert!(host.sh("dpkg-query -W nginx").contains("+zd1"));
-    host.settles();
-    host.clean(running);
+    println!("{} killed {kills} times and run again each time", command[2]);
 }
 
 /// The host goes down in the middle: it comes up with all that it had before.
@@ -334,7 +368,7 @@ fn taken_back_by_a_reboot(host: &Host, at: &str) {
 }
 
 fn next_of_stack(folder: &str, broken: &str) -> Option<PathBuf> {
-    let service = SERVICE.replace("\"v1\"", "\"v2\"");
+    let service = with_second("v2");
     let releases = Some(next_stack(&format!("{folder}-binaries"), &PROGRAMS, broken)?);
     let (name, version) = (Some("stack"), Some("2"));
     Some(
