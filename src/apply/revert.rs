@@ -97,7 +97,8 @@ pub async fn revert(undo: &Undo, host: &Host<'_>, way: Way) -> Result<()> {
             }
             systemd::daemon_reload().await?;
             if way == Way::Back && *was_active {
-                return systemd::restart(unit).await;
+                systemd::restart(unit).await?;
+                return remove_stray_pools();
             }
             let _ = exec::try_run(&["systemctl", "reset-failed", unit]).await?;
             Ok(())
@@ -205,6 +206,18 @@ fn put_back_file(path: &Path) -> Result<()> {
     let Some(bytes) = hostfs::read_if_any(&copy)? else { return Ok(()) };
     let meta = std::fs::metadata(&copy).at(&copy)?;
     hostfs::write_owned(path, &bytes, meta.mode() & 0o7777, (meta.uid(), meta.gid()))
+}
+
+/// What consul-template has made from templates that are gone again.
+fn remove_stray_pools() -> Result<()> {
+    for found in std::fs::read_dir(paths::POOLS).into_iter().flatten() {
+        let path = found.at(paths::POOLS)?.path();
+        let service = path.file_stem().and_then(|name| name.to_str()?.parse().ok());
+        if service.is_some_and(|service| !paths::template(&service).exists()) {
+            hostfs::remove_file(&path)?;
+        }
+    }
+    Ok(())
 }
 
 /// A newer program may have written what the one before cannot read. Without a copy it never ran.

@@ -130,9 +130,9 @@ fn upgraded_and_back_at_work() {
     );
     host.sh("rm -r /opt/zd/generations/1");
     assert_eq!(host.zd(&["gc", "--yes", "--json"]).ok().json()["images"], serde_json::json!(["hello:v3"]));
-    host.zd(&["deploy", "v3"]).fails(10, "unknown-version", &["v1", "v2"]);
+    host.zd(&["deploy", "v3", "hello"]).fails(10, "unknown-version", &["v1", "v2"]);
     host.sh("docker image prune -af >/dev/null");
-    host.zd(&["deploy", "v1"]).ok();
+    host.zd(&["deploy", "v1", "hello"]).ok();
     host.settles();
     // Of an upgrade that deployed as well: its own steps are taken back, not only those of the install.
     let undone = host.zd(&["uninstall", "--purge", "--yes", "--json"]).ok().json()["undone"].to_string();
@@ -287,14 +287,14 @@ fn there_and_back(host: &Host, next: &Path, restarted: &[&str]) {
 #[test]
 #[ignore = "boots a host"]
 fn killed_upgrades_are_undone_or_finished() {
-    torn(&Host::bare("torn", first()), &next("quarter-2", "v2", ""));
+    torn(&Host::bare("torn", first()), &next("quarter-torn", "v2", ""));
 }
 
 #[test]
 #[ignore = "boots a host"]
 fn full_stack_upgrades_are_undone_or_finished() {
     let Some(first) = stack() else { return };
-    torn(&Host::bare("torn-nomad", first), &next_of_stack("stack-2", "").expect("programs"));
+    torn(&Host::bare("torn-nomad", first), &next_of_stack("stack-torn", "").expect("programs"));
 }
 
 fn torn(host: &Host, next: &Path) {
@@ -380,7 +380,7 @@ fn next_of_stack(folder: &str, broken: &str) -> Option<PathBuf> {
 /// Containers of the active slot: id and start time.
 pub fn active_containers(host: &Host) -> String {
     let slot = host.active();
-    let list = format!("docker ps -q --no-trunc -f label=zd.slot={slot}");
+    let list = format!("docker ps -q --no-trunc -f label=zd.slot={slot} -f label=zd.service=hello");
     host.sh(&format!("docker inspect -f '{{{{.Id}}}} {{{{.State.StartedAt}}}}' $({list}) | sort"))
 }
 
