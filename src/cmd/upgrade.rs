@@ -105,6 +105,10 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
     let resumed = receipt::resumed(|header| header.is("upgrade", &bundle.id))?.is_some();
     let from = Installed::require()?;
     if from.host.bundle == bundle.id && !resumed {
+        if !args.change.dry_run {
+            // An upgrade that was killed behind the end of its receipt did not come to it.
+            tell(&from, ui).await?;
+        }
         let report = nothing(&from, start);
         ui.report(&report, text);
         return Ok(());
@@ -200,8 +204,7 @@ async fn carry_out(
     let foreign_docker = foreign_docker(&facts)?;
     let mut findings = preflight::host(&facts);
     findings.push(preflight::address(&facts, from.host.ip, false));
-    findings.extend(preflight::registry_port(&installed.lock, installed.host.registry_port));
-    findings.extend(preflight::consul_https(&facts, installed));
+    findings.extend(preflight::another(&facts, installed));
     let (open_firewall, opened) = opened(&facts)?;
     let in_use = |port: &u16| installed.lock.client_ports().any(|p| p == *port);
     if open_firewall.is_none()
@@ -267,9 +270,7 @@ async fn carry_out(
     let applied = watched::apply(&plan, host, from, &installed.host.bundle, told).await?;
     fs::remove_tree(paths::BEFORE.as_ref())?;
     let pruned = generation::prune(from.host.generation)?;
-    for service in &installed.lock.services {
-        cluster::tell(installed, &service.name, ui).await?;
-    }
+    tell(installed, ui).await?;
     Ok(Some(Report {
         from: from.lock.title(),
         to: installed.lock.title(),
@@ -289,6 +290,14 @@ async fn carry_out(
         backup: saved,
         report: Some(applied.page),
     }))
+}
+
+/// Consul learns of services that are new.
+async fn tell(installed: &Installed, ui: &Ui) -> Result<()> {
+    for service in &installed.lock.services {
+        cluster::tell(installed, &service.name, ui).await?;
+    }
+    Ok(())
 }
 
 /// Backs this host up, where a key is set. Where none is, that is said and nothing waits for it.

@@ -136,7 +136,7 @@ pub fn bundle(facts: &Facts, wants: &Wants) -> Result<Vec<Finding>> {
         )
     });
     found.push(memory(facts.memory_bytes, lock));
-    ports(facts, wants, &mut found);
+    ports(facts, lock, wants.registry_port, wants.fresh, &mut found);
     programs(facts, wants, &mut found);
     if wants.fresh {
         disks(lock, None, wants.packages_installed, &mut found)?;
@@ -175,8 +175,15 @@ pub fn moved(facts: &Facts, to: &Installed) -> Vec<Finding> {
     found
 }
 
+/// What another bundle needs of a host that serves one already.
+pub fn another(facts: &Facts, to: &Installed) -> Vec<Finding> {
+    let mut found = vec![memory(facts.memory_bytes, &to.lock)];
+    ports(facts, &to.lock, to.host.registry_port, false, &mut found);
+    found
+}
+
 /// The port of Consul's that others reach, on a host that has zd.
-pub fn consul_https(facts: &Facts, to: &Installed) -> Option<Finding> {
+fn consul_https(facts: &Facts, to: &Installed) -> Option<Finding> {
     let cure = "stop it, or give consul-https another port in the manifest";
     to.lock.consul_https.map(|port| port_on(facts, to.host.ip, port, CONSUL_HTTPS, cure))
 }
@@ -193,7 +200,7 @@ fn port_on(facts: &Facts, ip: Ipv4Addr, port: u16, what: &str, cure: &str) -> Fi
 }
 
 /// Another part of zd has, or will have, the port that is wanted for the registry: on loopback, too.
-pub fn registry_port(lock: &Lock, wanted: u16) -> Option<Finding> {
+fn registry_port(lock: &Lock, wanted: u16) -> Option<Finding> {
     let services = lock.services.iter();
     let services =
         services.flat_map(|s| s.ports().map(move |(port, what)| (port, format!("{what} of {}", s.name))));
@@ -237,19 +244,18 @@ fn memory(has: u64, lock: &Lock) -> Finding {
     }
 }
 
-fn ports(facts: &Facts, wants: &Wants, found: &mut Vec<Finding>) {
-    let services = wants.lock.services.iter();
+/// Whether every port is free, or zd's; on a `fresh` host: was zd's before.
+fn ports(facts: &Facts, lock: &Lock, registry: u16, fresh: bool, found: &mut Vec<Finding>) {
+    let services = lock.services.iter();
     let manifest = "stop it, or give the service another port in the manifest";
     let wanted = services.flat_map(|s| s.ports()).map(|(port, what)| (port, what, manifest));
-    let registry =
-        (wants.registry_port, "private registry", "stop it, or take another: --registry-port PORT");
-    let ours = |l: &Listener| if wants.fresh { l.ours } else { l.is_zds() };
-    // Where there is a stack, others may have its ports on other addresses than loopback.
-    let stack =
-        wants.lock.stack_ports().filter(|(port, _)| wants.fresh || Some(*port) == wants.lock.consul_https);
-    let stack = stack.map(|(port, what)| (port, what, "stop it"));
     // Between the others the manifest has seen to it.
-    found.extend(registry_port(wants.lock, wants.registry_port));
+    found.extend(registry_port(lock, registry));
+    let registry = (registry, "private registry", "stop it, or take another: --registry-port PORT");
+    let ours = |l: &Listener| if fresh { l.ours } else { l.is_zds() };
+    // Where there is a stack, others may have its ports on other addresses than loopback.
+    let stack = lock.stack_ports().filter(|(port, _)| fresh || Some(*port) == lock.consul_https);
+    let stack = stack.map(|(port, what)| (port, what, "stop it"));
     for (port, what, cure) in wanted.chain([registry]).chain(stack) {
         match facts.listeners.iter().find(|l| l.port == port && !ours(l)) {
             None => found.push(Finding::ok("port", format!("{port} for the {what} is free"))),

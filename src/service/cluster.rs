@@ -101,6 +101,8 @@ pub async fn difference(installed: &Installed, service: &Service) -> Result<Opti
     );
     let cure = if is_behind(name)? {
         "it was away then and is told when it is back: systemctl start zd-publish".into()
+    } else if found.is_null() {
+        format!("zd switch --to {active} tells it; no traffic moves")
     } else {
         format!("somebody changed it by hand: zd switch --to {active} sets it right")
     };

@@ -214,6 +214,10 @@ fn nothing_begins_on_a_full_disk(host: &Host) {
 /// The disk fills after the forecast said that there is room.
 fn disk_full(host: &Host) {
     host.copy_in(&next("quarter-full", "v2", ""), "/stick-full");
+    host.sh("systemd-run -q --unit=site --socket-property=ListenStream=82 true");
+    host.run(&["/stick-full/zd", "upgrade", "--yes"]).fails(5, "preflight", &["82 for the service is taken"]);
+    assert_eq!(host.sh("ls /opt/zd/generations"), "1\ncurrent\n");
+    host.sh("systemctl stop site.socket");
     let running = load(host, 300, 0);
     let said = host.run(&[
         "sh",
