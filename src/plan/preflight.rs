@@ -405,17 +405,8 @@ mod tests {
             let said = format!("{port} is wanted for the private registry and for the {owner}");
             let e = refuse(&moved(&facts(&to), &to)).unwrap_err();
             assert!(e.code == Code::Preflight && e.what.contains(&said), "{}", e.what);
-            let (lock, ip) = (&to.lock, to.host.ip);
-            let wants = Wants {
-                lock,
-                ip,
-                registry_port: port,
-                packages_installed: 0,
-                foreign_docker: false,
-                fresh: true,
-            };
             let mut found = Vec::new();
-            ports(&facts(&to), &wants, &mut found);
+            ports(&facts(&to), &to.lock, port, true, &mut found);
             assert!(found.iter().any(|f| f.good == Some(false) && f.what == said), "{found:?}");
         }
         for (engine, port) in [(Engine::Nomad, 5444), (Engine::Docker, 8500)] {
