@@ -9,12 +9,12 @@ use std::time::{Duration, Instant};
 use cap_std::fs::{Dir, OpenOptions, OpenOptionsExt};
 use serde_json::Value;
 
-use super::check::{backup, coming, consul_data, tag, tool_program, untouched};
+use super::check::{at_work, backup, coming, consul_data, tag, tool_program, untouched};
 use crate::audit;
 use crate::backup::Backup;
 use crate::backup::index::{CONSUL_SNAPSHOT, Entry, NOMAD_SNAPSHOT};
 use crate::bundle::Bundle;
-use crate::bundle::manifest::{Product, Service};
+use crate::bundle::manifest::{Engine, Product, Service};
 use crate::bundle::sources::cache::hash_file;
 use crate::error::{At, Code, Result};
 use crate::host::config::Installed;
@@ -22,11 +22,11 @@ use crate::host::docker::{Docker, Found};
 use crate::host::fs::UNFINISHED;
 use crate::host::registry::Registry;
 use crate::host::{
-    Host, consul, exec, fs as hostfs, generation, nginx, nomad, packages, paths, systemd, until,
+    Host, consul, exec, firewall, fs as hostfs, generation, nginx, nomad, packages, paths, systemd, until,
 };
 use crate::ids::{Digest, Name, Slot};
 use crate::plan::slot::{images, named_as};
-use crate::plan::{DataCopy, Restored, Step, Text};
+use crate::plan::{DataCopy, Process, Restored, Step, Text};
 use crate::service::pointer::{self, Pointer};
 use crate::service::state::{Filled, State};
 use crate::service::{health, reload, renew, switch};
@@ -103,6 +103,9 @@ pub async fn act(step: &Step, host: &Host<'_>) -> Result<()> {
         }
         Step::Mask { unit, .. } => systemd::mask(unit).await,
         Step::Upgrade { repository, packages, .. } => packages::upgrade(repository, packages).await,
+        Step::Renew(process @ Process::Nginx { service }) => {
+            renew::renew(process, &at_work(host, service)?).await
+        }
         Step::Renew(process) => renew::renew(process, &coming(host)?).await,
         Step::Untouched { containers } => untouched(containers).await,
         Step::Packages { repository, wanted } => packages::install(repository, wanted).await,
@@ -118,7 +121,10 @@ pub async fn act(step: &Step, host: &Host<'_>) -> Result<()> {
             files.iter().try_for_each(write)?;
             systemd::daemon_reload().await?;
             systemd::enable(unit).await?;
-            systemd::restart(unit).await
+            match unit == firewall::UNIT {
+                true => systemd::reload(unit).await,
+                false => systemd::restart(unit).await,
+            }
         }
         Step::Enabled { name } => {
             systemd::daemon_reload().await?;
@@ -158,7 +164,7 @@ pub async fn act(step: &Step, host: &Host<'_>) -> Result<()> {
         }
         Step::Pointer { service, slot } => pointer::set(service, Pointer::Active(*slot)),
         Step::Serving { service, .. } => {
-            let installed = coming(host)?;
+            let installed = at_work(host, service)?;
             let slot = pointer::read(service)?.slot();
             serving(installed.service(Some(service))?, slot).await
         }
@@ -409,18 +415,26 @@ pub async fn remove_job(service: &Name, slot: Slot) -> Result<()> {
     docker.clear_slot(service, slot).await
 }
 
-/// Content with what is gone already. The folder goes last: by it the service is known.
+/// Content with what is gone already, not with silence: after a boot whoever knows of it may come later. The folder goes
+/// last: by it the service is known.
 pub async fn drop_services(services: &[Name]) -> Result<()> {
+    until(READY, EVERY, async || Docker::connect().await.map(drop)).await?;
+    let stack = Installed::require()?.lock.engine == Engine::Nomad;
+    if stack {
+        until(READY, EVERY, async || nomad::version().await.map(drop)).await?;
+        until(READY, EVERY, async || consul::version().await.map(drop)).await?;
+    }
     for service in services {
         for unit in [format!("zd-pools@{service}.path"), paths::nginx_unit(service)] {
             systemd::stop(&unit).await?;
             systemd::disable(&unit).await?;
+            let _ = exec::try_run(&["systemctl", "reset-failed", &unit]).await?;
         }
         for slot in Slot::BOTH {
             remove_job(service, slot).await?;
         }
-        if let Ok(api) = consul::zd() {
-            consul::forget(&api, service).await?;
+        if stack {
+            consul::forget(&consul::zd()?, service).await?;
         }
         let told = [
             paths::nginx_conf(service),

@@ -219,7 +219,7 @@ pub async fn check(step: &Step, host: &Host<'_>) -> Result<Check> {
         Step::Serving { service, .. } => {
             // After the first install another slot may be the active one.
             let active = pointer::read(service).map(|p| p.slot());
-            let installed = coming(host)?;
+            let installed = at_work(host, service)?;
             let serving = match active {
                 Ok(slot) => switch::serves(installed.service(Some(service))?, slot).await.is_ok(),
                 Err(_) => false,
@@ -374,6 +374,15 @@ pub fn coming(host: &Host<'_>) -> Result<Installed> {
             Installed::new(host, bundle.lock.clone())
         }
         (None, None) => Installed::require(),
+    }
+}
+
+/// As [`coming`], but for what serves already: that is asked as it was installed.
+pub fn at_work(host: &Host<'_>, service: &Name) -> Result<Installed> {
+    let installed = if host.coming.is_some() { Installed::read()? } else { None };
+    match installed.filter(|installed| installed.lock.service(service).is_some()) {
+        Some(installed) => Ok(installed),
+        None => coming(host),
     }
 }
 

@@ -14,7 +14,7 @@ use crate::host::config::{HostConfig, Installed};
 use crate::host::docker::{Docker, parked};
 use crate::host::registry::Registry;
 use crate::host::secrets::Secret;
-use crate::host::{Host, consul, exec, fs as hostfs, packages, paths, systemd};
+use crate::host::{Host, consul, exec, firewall, fs as hostfs, packages, paths, systemd};
 use crate::plan::{DataCopy, Keep, Undo};
 use crate::receipt::Receipt;
 use crate::service::renew;
@@ -97,7 +97,10 @@ pub async fn revert(undo: &Undo, host: &Host<'_>, way: Way) -> Result<()> {
             }
             systemd::daemon_reload().await?;
             if way == Way::Back && *was_active {
-                systemd::restart(unit).await?;
+                match unit == firewall::UNIT {
+                    true => systemd::reload(unit).await?,
+                    false => systemd::restart(unit).await?,
+                }
                 return remove_stray_pools();
             }
             let _ = exec::try_run(&["systemctl", "reset-failed", unit]).await?;

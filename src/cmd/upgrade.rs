@@ -1,6 +1,7 @@
 //! `zd upgrade`: from the installed bundle to another one, under load, and back where a gate fails. The way
 //! back to a kept generation is the same plan with an earlier lock.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -15,7 +16,7 @@ use crate::backup::Settings;
 use crate::bundle::Bundle;
 use crate::bundle::Lock;
 use crate::bundle::manifest::{ImageRef, Service};
-use crate::error::{At, Code, OrCode, Result};
+use crate::error::{Code, OrCode, Result};
 use crate::facts::{self, Facts};
 use crate::host::config::{HostConfig, Installed};
 use crate::host::docker::Docker;
@@ -153,6 +154,9 @@ pub async fn back_to(number: u32, change: &ChangeArgs, ui: &Ui) -> Result<()> {
     let resumed = receipt::resumed(|header| header.is("rollback", &id))?.is_some();
     let from = Installed::require()?;
     if from.host.generation == number && !resumed {
+        if !change.dry_run {
+            tell(&from, ui).await?;
+        }
         ui.report(&nothing(&from, start), text);
         return Ok(());
     }
@@ -204,7 +208,7 @@ async fn carry_out(
     let foreign_docker = foreign_docker(&facts)?;
     let mut findings = preflight::host(&facts);
     findings.push(preflight::address(&facts, from.host.ip, false));
-    findings.extend(preflight::another(&facts, installed));
+    findings.extend(preflight::another(&facts, installed, target.bundle.is_some()));
     let (open_firewall, opened) = opened(&facts)?;
     let in_use = |port: &u16| installed.lock.client_ports().any(|p| p == *port);
     if open_firewall.is_none()
@@ -385,31 +389,35 @@ async fn moved(from: &Installed, to: &Lock, ui: &Ui) -> Result<Vec<Moved>> {
     Ok(moved)
 }
 
-/// Services that have a folder here, and that the lock has not: also those of a way back that was broken off.
+/// Services of kept generations that have a folder here, and that the lock has not: also those of a way back that was
+/// broken off.
 fn dropped(lock: &Lock) -> Result<Vec<Name>> {
-    let folders = std::fs::read_dir(paths::SERVICES).at(paths::SERVICES)?;
-    let names = folders.filter_map(|folder| folder.ok()?.file_name().to_str()?.parse().ok());
-    Ok(names.filter(|name| lock.service(name).is_none()).collect())
+    let kept = generation::locks()?;
+    let services = kept.iter().flat_map(|(_, kept, _)| &kept.services).map(|service| &service.name);
+    let gone: BTreeSet<&Name> =
+        services.filter(|name| lock.service(name).is_none() && paths::service(name).exists()).collect();
+    Ok(gone.into_iter().cloned().collect())
 }
 
 /// The firewall that is active, where zd has opened ports in it, and those that it remembers.
-fn opened(facts: &Facts) -> Result<(Option<Firewall>, Vec<u16>)> {
-    let mut ports = Vec::new();
+fn opened(facts: &Facts) -> Result<(Option<Firewall>, BTreeSet<u16>)> {
+    let mut ports = BTreeSet::new();
     let opened = match &facts.firewall {
         None => false,
         Some(Firewall::Nftables { .. }) => Path::new(paths::UNITS).join(firewall::UNIT).exists(),
         Some(Firewall::Manager(manager)) => {
             let receipts = receipt::all()?;
             let undos = receipts.iter().flat_map(|r| &r.steps).filter(|i| !i.undone).map(|i| &i.undo);
-            ports.extend(undos.filter_map(|undo| match undo {
-                Undo::CloseFirewall { kind, port } if kind == manager => Some(*port),
-                _ => None,
-            }));
+            for undo in undos {
+                match undo {
+                    Undo::CloseFirewall { kind, port } if kind == manager => ports.insert(*port),
+                    Undo::OpenFirewall { kind, port } if kind == manager => ports.remove(port),
+                    _ => continue,
+                };
+            }
             !ports.is_empty()
         }
     };
-    ports.sort_unstable();
-    ports.dedup();
     Ok((facts.firewall.clone().filter(|_| opened), ports))
 }
 

@@ -107,6 +107,11 @@ pub async fn restart(unit: &str) -> Result<()> {
     start(unit).await
 }
 
+/// Where it runs; else it is started.
+pub async fn reload(unit: &str) -> Result<()> {
+    exec::run(&["systemctl", "reload-or-restart", unit]).await.map(drop)
+}
+
 pub async fn stop(unit: &str) -> Result<()> {
     // A unit that is not there is stopped.
     exec::try_run(&["systemctl", "stop", unit]).await.map(drop)

@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use crate::bundle::Lock;
 use crate::bundle::lock::{Blob, Image};
-use crate::bundle::manifest::{CONSUL_HTTPS, Engine};
+use crate::bundle::manifest::{CONSUL_HTTPS, Engine, Service};
 use crate::error::{Code, Error, Result};
 use crate::facts::{Cgroup, Facts, Listener, space};
 use crate::host::config::Installed;
@@ -24,6 +24,7 @@ const STACK_MEMORY: u64 = 256 << 20;
 const CONTAINER_MEMORY: u64 = 16 << 20;
 /// Cure of a clock that is wrong.
 pub const SET_CLOCK: &str = "set the clock: timedatectl set-time 'YYYY-MM-DD hh:mm:ss'";
+const SERVICE_PORT: &str = "stop it, or give the service another port in the manifest";
 /// Left free on every file system after an install, for logs and the host itself.
 const DISK_SPARE: u64 = 256 << 20;
 
@@ -175,10 +176,15 @@ pub fn moved(facts: &Facts, to: &Installed) -> Vec<Finding> {
     found
 }
 
-/// What another bundle needs of a host that serves one already.
-pub fn another(facts: &Facts, to: &Installed) -> Vec<Finding> {
-    let mut found = vec![memory(facts.memory_bytes, &to.lock)];
-    ports(facts, &to.lock, to.host.registry_port, false, &mut found);
+/// What another bundle needs of a host that serves one already. What a generation gone back to has in its manifest is
+/// not placed anew: the slots stay as they are.
+pub fn another(facts: &Facts, to: &Installed, placed: bool) -> Vec<Finding> {
+    let mut found: Vec<Finding> = placed.then(|| memory(facts.memory_bytes, &to.lock)).into_iter().collect();
+    found.extend(registry_port(&to.lock, to.host.registry_port));
+    found.extend(consul_https(facts, to));
+    for (port, what) in to.lock.services.iter().flat_map(Service::ports) {
+        found.push(free(facts, port, what, SERVICE_PORT, Listener::is_zds));
+    }
     found
 }
 
@@ -247,8 +253,7 @@ fn memory(has: u64, lock: &Lock) -> Finding {
 /// Whether every port is free, or zd's; on a `fresh` host: was zd's before.
 fn ports(facts: &Facts, lock: &Lock, registry: u16, fresh: bool, found: &mut Vec<Finding>) {
     let services = lock.services.iter();
-    let manifest = "stop it, or give the service another port in the manifest";
-    let wanted = services.flat_map(|s| s.ports()).map(|(port, what)| (port, what, manifest));
+    let wanted = services.flat_map(Service::ports).map(|(port, what)| (port, what, SERVICE_PORT));
     // Between the others the manifest has seen to it.
     found.extend(registry_port(lock, registry));
     let registry = (registry, "private registry", "stop it, or take another: --registry-port PORT");
@@ -257,14 +262,15 @@ fn ports(facts: &Facts, lock: &Lock, registry: u16, fresh: bool, found: &mut Vec
     let stack = lock.stack_ports().filter(|(port, _)| fresh || Some(*port) == lock.consul_https);
     let stack = stack.map(|(port, what)| (port, what, "stop it"));
     for (port, what, cure) in wanted.chain([registry]).chain(stack) {
-        match facts.listeners.iter().find(|l| l.port == port && !ours(l)) {
-            None => found.push(Finding::ok("port", format!("{port} for the {what} is free"))),
-            Some(l) => found.push(Finding::bad(
-                "port",
-                format!("{port} for the {what} is taken by {}", l.owner),
-                cure,
-            )),
-        }
+        found.push(free(facts, port, what, cure, ours));
+    }
+}
+
+/// Whether a port is free on every address, or ours.
+fn free(facts: &Facts, port: u16, what: &str, cure: &str, ours: impl Fn(&Listener) -> bool) -> Finding {
+    match facts.listeners.iter().find(|l| l.port == port && !ours(l)) {
+        None => Finding::ok("port", format!("{port} for the {what} is free")),
+        Some(l) => Finding::bad("port", format!("{port} for the {what} is taken by {}", l.owner), cure),
     }
 }
 

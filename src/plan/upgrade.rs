@@ -65,6 +65,12 @@ pub fn plan(inputs: &Inputs, change: Change) -> Result<Plan> {
     for service in &lock.services {
         plan.slots(inputs, service)?;
     }
+    // What stays in its slot was made for the settings before: it may know nothing of a health path that is new.
+    let stays = |name: &Name, slot: Slot| {
+        change.from.lock.service(name).is_some()
+            && !change.filled.iter().any(|(filled, to)| filled.name == *name && *to == slot)
+    };
+    plan.steps.retain(|step| !matches!(step, Step::Healthy { service, slot } if stays(service, *slot)));
     if nomad {
         plan.consul_template(installed)?;
     }
@@ -149,6 +155,10 @@ pub fn obstacles(from: &Lock, to: &Lock, packages: &[Moved]) -> Vec<Finding> {
     for (place, before) in from.services.iter().enumerate() {
         let name = &before.name;
         match to.services.iter().position(|s| s.name == *name) {
+            None if to.services.get(place).is_some() => {
+                let what = format!("{name} is not there, and {} has its place", to.services[place].name);
+                bad("service", what, "keep both; on the way back, go to a generation without either first");
+            }
             None => bad(DROPPED, format!("{name} is not in the bundle"), "keep it in the manifest"),
             Some(now) if now != place => {
                 let what = format!("{name} is service {} here and {} in the bundle", place + 1, now + 1);
