@@ -268,11 +268,16 @@ mod tests {
     #[test]
     fn what_stands_in_the_way_is_named() {
         type Change = fn(&mut Lock);
-        let cases: [(Change, &str); 7] = [
+        let cases: [(Change, &str); 9] = [
             (|l| l.name = "other".parse().unwrap(), "bundle: stack is installed"),
             (|l| l.engine = Engine::Docker, "engine: engine nomad is installed"),
             (|l| l.created -= std::time::Duration::from_secs(60), "sequence: the bundle was packed"),
             (|l| l.services.clear(), "service: hello is not in the bundle"),
+            (
+                |l| l.services[0].name = "other".parse().unwrap(),
+                "hello is not there, and other has its place",
+            ),
+            (|l| l.services[0].listen = 8088, "hello serves clients on 80, in the bundle on 8088"),
             (|l| l.services[0].port = 9000, "service: hello listens on 8080, in the bundle on 9000"),
             (|l| l.releases.iter_mut().for_each(|r| r.version = "0.1.0".parse().unwrap()), "sequence: "),
             (
