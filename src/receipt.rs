@@ -80,6 +80,11 @@ pub struct Intended {
     pub undone: bool,
 }
 
+/// What would be undone of these receipts, oldest first.
+pub fn undos(receipts: &[Receipt]) -> impl Iterator<Item = &Undo> {
+    receipts.iter().flat_map(|r| &r.steps).filter(|i| !i.undone).map(|i| &i.undo)
+}
+
 impl Receipt {
     /// Begins a new receipt with the next number.
     pub fn begin(plan: &Plan, by: &str, bundle: Option<&Digest>) -> Result<Self> {

@@ -121,10 +121,7 @@ pub async fn act(step: &Step, host: &Host<'_>) -> Result<()> {
             files.iter().try_for_each(write)?;
             systemd::daemon_reload().await?;
             systemd::enable(unit).await?;
-            match unit == firewall::UNIT {
-                true => systemd::reload(unit).await,
-                false => systemd::restart(unit).await,
-            }
+            take_up(unit).await
         }
         Step::Enabled { name } => {
             systemd::daemon_reload().await?;
@@ -403,6 +400,14 @@ pub async fn resize_job(service: &Name, slot: Slot, job: &Value) -> Result<()> {
 pub async fn clear_job(service: &Name, slot: Slot) -> Result<()> {
     nomad::purge(&nomad::connect()?, &paths::job(service, slot)).await?;
     gone(service, slot, |_| true).await
+}
+
+/// A daemon takes up its files. The firewall's has no process: a reload shuts no port that stays open.
+pub async fn take_up(unit: &str) -> Result<()> {
+    match unit == firewall::UNIT {
+        true => systemd::reload(unit).await,
+        false => systemd::restart(unit).await,
+    }
 }
 
 /// With Nomad gone its containers are still there: they are removed as well.

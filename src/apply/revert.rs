@@ -7,14 +7,16 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 
 use super::Way;
-use super::act::{aside, drop_services, load_gate, place_job, remove_job, resize_job, switch_to, trust_ca};
+use super::act::{
+    aside, drop_services, load_gate, place_job, remove_job, resize_job, switch_to, take_up, trust_ca,
+};
 use crate::error::{At, Code, OrCode, Result};
 use crate::facts;
 use crate::host::config::{HostConfig, Installed};
 use crate::host::docker::{Docker, parked};
 use crate::host::registry::Registry;
 use crate::host::secrets::Secret;
-use crate::host::{Host, consul, exec, firewall, fs as hostfs, packages, paths, systemd};
+use crate::host::{Host, consul, exec, fs as hostfs, packages, paths, systemd};
 use crate::plan::{DataCopy, Keep, Undo};
 use crate::receipt::Receipt;
 use crate::service::renew;
@@ -97,10 +99,7 @@ pub async fn revert(undo: &Undo, host: &Host<'_>, way: Way) -> Result<()> {
             }
             systemd::daemon_reload().await?;
             if way == Way::Back && *was_active {
-                match unit == firewall::UNIT {
-                    true => systemd::reload(unit).await?,
-                    false => systemd::restart(unit).await?,
-                }
+                take_up(unit).await?;
                 return remove_stray_pools();
             }
             let _ = exec::try_run(&["systemctl", "reset-failed", unit]).await?;

@@ -135,9 +135,7 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
             ..Event::default()
         })?;
     }
-    for service in &bundle.lock.services {
-        cluster::tell(&installed, &service.name, ui).await?;
-    }
+    cluster::tell_all(&installed, ui).await?;
     let report = Report {
         bundle: bundle.lock.title(),
         id: bundle.id.clone(),

@@ -102,9 +102,7 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
         if bare { onto_bare(&args, &backup, ui).await? } else { onto_same(&args, &backup, ui).await? };
     let Some(summary) = summary else { return Ok(()) };
     let installed = Installed::require()?;
-    for service in &installed.lock.services {
-        cluster::tell(&installed, &service.name, ui).await?;
-    }
+    cluster::tell_all(&installed, ui).await?;
     let versions =
         |state: &State| state.slots.iter().map(|(slot, held)| (*slot, held.version.clone())).collect();
     let restored = index.services.iter();

@@ -108,7 +108,7 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
     if from.host.bundle == bundle.id && !resumed {
         if !args.change.dry_run {
             // An upgrade that was killed behind the end of its receipt did not come to it.
-            tell(&from, ui).await?;
+            cluster::tell_all(&from, ui).await?;
         }
         let report = nothing(&from, start);
         ui.report(&report, text);
@@ -155,7 +155,7 @@ pub async fn back_to(number: u32, change: &ChangeArgs, ui: &Ui) -> Result<()> {
     let from = Installed::require()?;
     if from.host.generation == number && !resumed {
         if !change.dry_run {
-            tell(&from, ui).await?;
+            cluster::tell_all(&from, ui).await?;
         }
         ui.report(&nothing(&from, start), text);
         return Ok(());
@@ -274,7 +274,7 @@ async fn carry_out(
     let applied = watched::apply(&plan, host, from, &installed.host.bundle, told).await?;
     fs::remove_tree(paths::BEFORE.as_ref())?;
     let pruned = generation::prune(from.host.generation)?;
-    tell(installed, ui).await?;
+    cluster::tell_all(installed, ui).await?;
     Ok(Some(Report {
         from: from.lock.title(),
         to: installed.lock.title(),
@@ -294,14 +294,6 @@ async fn carry_out(
         backup: saved,
         report: Some(applied.page),
     }))
-}
-
-/// Consul learns of services that are new.
-async fn tell(installed: &Installed, ui: &Ui) -> Result<()> {
-    for service in &installed.lock.services {
-        cluster::tell(installed, &service.name, ui).await?;
-    }
-    Ok(())
 }
 
 /// Backs this host up, where a key is set. Where none is, that is said and nothing waits for it.
@@ -367,8 +359,7 @@ fn text(r: &Report) -> String {
 /// what this generation brought was changed by somebody else, and there would be no way back: it stays.
 async fn moved(from: &Installed, to: &Lock, ui: &Ui) -> Result<Vec<Moved>> {
     let receipts = receipt::all()?;
-    let undos = receipts.iter().flat_map(|r| &r.steps).filter(|i| !i.undone).map(|i| &i.undo);
-    let brought: Vec<&String> = undos
+    let brought: Vec<&String> = receipt::undos(&receipts)
         .filter_map(|undo| match undo {
             Undo::Purge { packages, .. } => Some(packages),
             _ => None,
@@ -406,9 +397,7 @@ fn opened(facts: &Facts) -> Result<(Option<Firewall>, BTreeSet<u16>)> {
         None => false,
         Some(Firewall::Nftables { .. }) => Path::new(paths::UNITS).join(firewall::UNIT).exists(),
         Some(Firewall::Manager(manager)) => {
-            let receipts = receipt::all()?;
-            let undos = receipts.iter().flat_map(|r| &r.steps).filter(|i| !i.undone).map(|i| &i.undo);
-            for undo in undos {
+            for undo in receipt::undos(&receipt::all()?) {
                 match undo {
                     Undo::CloseFirewall { kind, port } if kind == manager => ports.insert(*port),
                     Undo::OpenFirewall { kind, port } if kind == manager => ports.remove(port),

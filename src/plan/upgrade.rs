@@ -155,11 +155,17 @@ pub fn obstacles(from: &Lock, to: &Lock, packages: &[Moved]) -> Vec<Finding> {
     for (place, before) in from.services.iter().enumerate() {
         let name = &before.name;
         match to.services.iter().position(|s| s.name == *name) {
-            None if to.services.get(place).is_some() => {
-                let what = format!("{name} is not there, and {} has its place", to.services[place].name);
-                bad("service", what, "keep both; on the way back, go to a generation without either first");
-            }
-            None => bad(DROPPED, format!("{name} is not in the bundle"), "keep it in the manifest"),
+            None => match to.services.get(place) {
+                Some(other) => {
+                    let what = format!("{name} is not there, and {} has its place", other.name);
+                    bad(
+                        "service",
+                        what,
+                        "keep both; on the way back, go to a generation without either first",
+                    );
+                }
+                None => bad(DROPPED, format!("{name} is not in the bundle"), "keep it in the manifest"),
+            },
             Some(now) if now != place => {
                 let what = format!("{name} is service {} here and {} in the bundle", place + 1, now + 1);
                 bad(

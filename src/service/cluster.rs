@@ -69,6 +69,14 @@ pub async fn tell(installed: &Installed, service: &Name, ui: &Ui) -> Result<()> 
     Ok(())
 }
 
+/// As [`tell`], of every service.
+pub async fn tell_all(installed: &Installed, ui: &Ui) -> Result<()> {
+    for service in &installed.lock.services {
+        tell(installed, &service.name, ui).await?;
+    }
+    Ok(())
+}
+
 /// Whether Consul has missed something that this host did.
 pub fn is_behind(service: &Name) -> Result<bool> {
     Ok(State::read(service)?.unpublished)
