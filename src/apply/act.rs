@@ -110,7 +110,6 @@ pub async fn act(step: &Step, host: &Host<'_>) -> Result<()> {
         Step::Untouched { containers } => untouched(containers).await,
         Step::Packages { repository, wanted } => packages::install(repository, wanted).await,
         Step::Unit { name } => {
-            systemd::daemon_reload().await?;
             systemd::enable(name).await?;
             systemd::start(name).await
         }
@@ -119,14 +118,10 @@ pub async fn act(step: &Step, host: &Host<'_>) -> Result<()> {
                 copy_data(unit, data).await?;
             }
             files.iter().try_for_each(write)?;
-            systemd::daemon_reload().await?;
             systemd::enable(unit).await?;
             take_up(unit).await
         }
-        Step::Enabled { name } => {
-            systemd::daemon_reload().await?;
-            systemd::enable(name).await
-        }
+        Step::Enabled { name } => systemd::enable(name).await,
         Step::Consul { node } => consul::set_up(node).await,
         Step::Nomad => nomad::set_up().await,
         Step::Pools { service } => {

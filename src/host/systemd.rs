@@ -60,6 +60,7 @@ pub async fn daemon_reload() -> Result<()> {
     exec::run(&["systemctl", "daemon-reload"]).await.map(drop)
 }
 
+/// systemd reads all units anew with it, as with `daemon-reload` (systemctl(1)).
 pub async fn enable(unit: &str) -> Result<()> {
     exec::run(&["systemctl", "enable", "--quiet", unit]).await.map(drop)
 }

@@ -46,6 +46,10 @@ pub async fn probe(installed: &Installed, service: &Service, slot: Slot) -> Vec<
 /// and is let alone: HSMS equipment may serve one session and no more (SEMI E37, HSMS-SS), and this would be it.
 pub async fn probe_all(installed: &Installed, service: &Service, slot: Slot) -> Vec<Probe> {
     let mut probes = probe(installed, service, slot).await;
+    if service.tcp.is_empty() {
+        // /proc/net/tcp is long where many connections have just been closed.
+        return probes;
+    }
     let busy: BTreeSet<SocketAddr> = procfs::net::tcp().map_or(BTreeSet::new(), |all| {
         let open = all.into_iter().filter(|e| e.state == procfs::net::TcpState::Established);
         open.map(|e| e.remote_address).collect()

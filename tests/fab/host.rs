@@ -15,6 +15,8 @@ pub const APART: Duration = Duration::from_millis(10);
 pub struct Host {
     pub name: String,
     pub ip: String,
+    /// The words before a command that is to run on it; others after each boot.
+    way: Mutex<Vec<String>>,
     booted: Instant,
 }
 
@@ -57,6 +59,10 @@ fn fab(args: &[&str]) -> String {
     let out = Command::new(root().join("tests/fab/fab")).args(args).output().expect("tests/fab/fab runs");
     assert!(out.status.success(), "fab {args:?}: {}", String::from_utf8_lossy(&out.stderr));
     String::from_utf8(out.stdout).expect("text")
+}
+
+fn way(name: &str) -> Vec<String> {
+    fab(&["way", name]).lines().map(str::to_owned).collect()
 }
 
 fn said(out: Output) -> Said {
@@ -204,17 +210,14 @@ impl Pack<'_> {
         let (name, version) = (self.name.unwrap_or(self.folder), self.version.unwrap_or("1"));
         let engine = if self.releases.is_some() { "nomad" } else { "docker" };
         let https = if engine == "nomad" && !self.loopback_only { "consul-https = 8501\n" } else { "" };
-        let sources = match self.newer {
-            [] => String::new(),
-            newer => format!("sources = {:?}\n", newer_packages(work, newer, self.broken)),
-        };
+        let sources = packages(work, self.newer, self.broken);
         let tcp = ["[[service.tcp]]", "[[service.long-lived]]"].iter().any(|s| self.service.contains(s));
         let stream = if tcp { ", \"libnginx-mod-stream\"" } else { "" };
         let mut manifest = format!(
             "schema = 1\nname = \"{name}\"\nversion = \"{version}\"\nengine = \"{engine}\"\n{https}\
              [target]\nos = \"{}\"\nrelease = \"{}\"\n\
              [packages]\ndocker = [\"docker.io\", \"apparmor\"]\nregistry = [\"docker-registry\"]\nnginx = [\"nginx-light\"{stream}]\n\
-             logrotate = [\"logrotate\"]\nextra = {:?}\n{sources}",
+             logrotate = [\"logrotate\"]\nextra = {:?}\nsources = {sources:?}\n",
             field("ID"),
             field("VERSION_ID"),
             self.extra,
@@ -232,16 +235,16 @@ impl Pack<'_> {
     }
 }
 
-/// An apt sources file with later versions of packages; made once for all bundles that bring the same.
-fn newer_packages(work: &Path, packages: &[&str], broken: &str) -> PathBuf {
+/// An apt sources file, with these packages in later versions; made once for all bundles that bring the same.
+fn packages(work: &Path, newer: &[&str], broken: &str) -> PathBuf {
     static MADE: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
-    let folder = work.join(format!("newer-{}-{broken}", packages.join("-")));
+    let folder = work.join(format!("packages-{}-{broken}", newer.join("-")));
     let path = folder.join("apt.sources");
     let mut made = MADE.lock().unwrap_or_else(PoisonError::into_inner);
     if !made.contains(&path) {
-        let mut newer = Command::new(root().join("tests/fab/newer"));
-        newer.env("BROKEN", broken).arg(&folder).args(packages);
-        let sources = said(newer.output().expect("newer runs")).ok().out;
+        let mut make = Command::new(root().join("tests/fab/newer"));
+        make.env("BROKEN", broken).arg(&folder).args(newer);
+        let sources = said(make.output().expect("newer runs")).ok().out;
         std::fs::write(&path, sources).expect("sources");
         made.insert(path.clone());
     }
@@ -264,19 +267,21 @@ pub fn stack() -> Option<&'static Path> {
 impl Host {
     /// A freshly booted bare host.
     pub fn booted(name: &str) -> Self {
-        let name = format!("zd-fab-{name}");
-        fab(&["down", &name]);
-        let ip = fab(&["up", &name]).trim().to_owned();
-        let host = Host { name, ip, booted: Instant::now() };
-        // As on a server: Docker lets everybody take low ports.
-        host.sh("echo 1024 >/proc/sys/net/ipv4/ip_unprivileged_port_start");
-        host
+        Self::up(name, &[])
     }
 
-    /// As [`Host::booted`], with the folder at /stick.
+    /// The same with the folder at /stick.
     pub fn bare(name: &str, stick: &Path) -> Self {
-        let host = Self::booted(name);
-        host.copy_in(stick, "/stick");
+        Self::up(name, &[stick.to_str().expect("text")])
+    }
+
+    fn up(name: &str, stick: &[&str]) -> Self {
+        let name = format!("zd-fab-{name}");
+        fab(&["down", &name]);
+        let ip = fab(&[&["up", &name], stick].concat()).trim().to_owned();
+        let host = Host { way: Mutex::new(way(&name)), name, ip, booted: Instant::now() };
+        // As on a server: Docker lets everybody take low ports.
+        host.sh("echo 1024 >/proc/sys/net/ipv4/ip_unprivileged_port_start");
         host
     }
 
@@ -315,21 +320,19 @@ impl Host {
     }
 
     fn command(&self, env: &[(&str, &str)], argv: &[&str]) -> Command {
-        let mut command = Command::new("docker");
-        command.arg("exec");
-        for (key, value) in env {
-            command.arg("-e").arg(format!("{key}={value}"));
-        }
-        command.arg(&self.name).args(argv).stdin(Stdio::null());
+        let way = self.way.lock().expect("no panic");
+        let mut command = Command::new(&way[0]);
+        let env = env.iter().map(|(key, value)| format!("{key}={value}"));
+        command.args(&way[1..]).args(env).args(argv).stdin(Stdio::null());
         command
     }
 
     pub fn run(&self, argv: &[&str]) -> Said {
-        said(self.command(&[], argv).output().expect("docker exec"))
+        said(self.command(&[], argv).output().expect("nsenter"))
     }
 
     pub fn run_env(&self, env: &[(&str, &str)], argv: &[&str]) -> Said {
-        said(self.command(env, argv).output().expect("docker exec"))
+        said(self.command(env, argv).output().expect("nsenter"))
     }
 
     /// A shell line, for looking.
@@ -353,7 +356,7 @@ impl Host {
 
     pub fn spawn(&self, argv: &[&str]) -> Running {
         let mut command = self.command(&[], argv);
-        Running(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("docker exec"))
+        Running(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("nsenter"))
     }
 
     /// A load on the service from inside the host until [`Host::clean`]; no retries anywhere.
@@ -389,6 +392,7 @@ impl Host {
 
     pub fn restart(&self) {
         fab(&["restart", &self.name]);
+        *self.way.lock().expect("no panic") = way(&self.name);
     }
 
     /// What `zd status` finds other than recorded.

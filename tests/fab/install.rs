@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use crate::host::{Host, differences, stick};
+use crate::journal;
 
 #[test]
 #[ignore = "boots a host"]
@@ -30,6 +31,7 @@ fn install_deploy_switch_rollback_reboot_uninstall() {
     drift_is_shown(&host);
     logs_are_rotated(&host);
     reboot(&host);
+    journal::fills_neither_the_disk_nor_the_hosts_own(&host);
 
     // Without --purge the data stays, and the next install takes it up.
     host.zd(&["uninstall"]).fails(2, "not-confirmed", &["--yes"]);
@@ -38,11 +40,15 @@ fn install_deploy_switch_rollback_reboot_uninstall() {
         host.sh("ls /var/lib/zd; ls /opt/zd /etc/zd 2>/dev/null || true"),
         "audit.head\nreceipts\nregistry\nreports\nservices\n"
     );
+    journal::ended(&host);
+    assert!(journal::used(&host) > 0);
     assert!(host.sh("command -v dockerd nginx docker-registry || echo none").contains("none"));
     host.run(&["/stick/zd", "-q", "install"]).ok();
     assert!(host.zd(&["history"]).ok().out.contains("uninstall done"), "the log goes on");
 
     host.zd(&["uninstall", "--purge", "--yes"]).ok();
+    journal::ended(&host);
+    assert_eq!(host.sh("ls -d /var/log/journal/*.zd /run/log/journal/*.zd 2>/dev/null || true"), "");
     assert_eq!(
         differences(&before, &host.picture()),
         "",
