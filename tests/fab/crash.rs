@@ -1,10 +1,9 @@
-//! kill -9 of zd: in the middle of switches, and after journal entries of an install and of an upgrade.
+//! kill -9 of zd: in the middle of switches, and after every journal entry of an install.
 
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::host::{Host, differences, stack, stick};
-use crate::upgrade::{first, load, next, next_of_stack, second};
 
 #[test]
 #[ignore = "boots a host"]
@@ -258,88 +257,4 @@ fn deploys_are_taken_back_or_finished(host: &Host) {
         let history = host.zd(&["history", "--json"]).ok().json().to_string();
         assert_eq!(history.contains("\"finished\""), finished);
     }
-}
-
-/// Killed after journal entries of an upgrade: taken back, or run again, each time whole.
-#[test]
-#[ignore = "boots a host"]
-fn upgrades_killed_and_undone_or_finished() {
-    torn(&Host::bare("torn", first()), &next("quarter-torn", "v2", ""));
-}
-
-#[test]
-#[ignore = "boots a host"]
-fn full_stack_upgrades_killed_and_undone_or_finished() {
-    let Some(first) = stack() else { return };
-    torn(&Host::bare("torn-nomad", first), &next_of_stack("stack-torn", "").expect("programs"));
-}
-
-fn torn(host: &Host, next: &Path) {
-    host.run(&["/stick/zd", "-q", "install", "--ip", "auto"]).ok();
-    host.copy_in(next, "/stick2");
-    let packages = host.sh("dpkg-query -W");
-    let long = std::env::var_os("ZD_TEST_LONG").is_some();
-    let (mut entry, mut tried) = (1, 0);
-    let running = load(host, 300, 0);
-    loop {
-        let failpoint = format!("journal:{entry}");
-        let died = host.run_env(&[("ZD_FAILPOINT", &failpoint)], &["/stick2/zd", "-q", "upgrade", "--yes"]);
-        // Killed behind the last entry it is whole.
-        if died.code == 0 || host.zd(&["undo", "--dry-run"]).out.contains("nothing is unfinished") {
-            break;
-        }
-        host.zd(&["switch"]).fails(9, "unfinished", &["zd upgrade", "zd undo"]);
-        host.run(&["/stick2/zd", "-q", "undo", "--yes"]).ok();
-        if host.sh("readlink /opt/zd/generations/current") == "2\n" {
-            // The containers before were being removed: from there it is finished.
-            break;
-        }
-        assert_eq!(host.sh("dpkg-query -W"), packages, "undo after entry {entry}");
-        assert_eq!(second(host), "", "undo after entry {entry}");
-        host.settles();
-        tried += 1;
-        entry += if long { 1 } else { 21 };
-    }
-    println!("upgrade killed after {tried} entries and undone each time");
-    assert!(second(host).contains("v1"));
-    let back = ["zd", "-q", "rollback", "--generation", "1", "--yes"];
-    let plan = host.run(&[&back[..], &["--dry-run"]].concat()).ok().out;
-    assert!(plan.contains("service second goes, and port 82 with it"), "{plan}");
-    finished_though_killed(host, &back);
-    assert_eq!(second(host), "", "gone back");
-    host.clean(running);
-    taken_back_by_a_reboot(host, "journal:5");
-    let running = load(host, 300, 0);
-    finished_though_killed(host, &["/stick2/zd", "-q", "upgrade", "--yes"]);
-    assert!(host.sh("dpkg-query -W nginx").contains("+zd1") && second(host).contains("v1"));
-    host.settles();
-    host.clean(running);
-}
-
-/// Each run dies at the first entry that it writes.
-fn finished_though_killed(host: &Host, command: &[&str]) {
-    let mut kills = 0;
-    while host.run_env(&[("ZD_FAILPOINT", "journal:1")], command).code != 0 {
-        kills += 1;
-        assert!(kills < 200, "does not come to an end");
-    }
-    println!("{} killed {kills} times and run again each time", command[2]);
-}
-
-/// The host goes down in the middle: it comes up with all that it had before.
-pub fn taken_back_by_a_reboot(host: &Host, at: &str) {
-    let packages = host.sh("dpkg-query -W");
-    let died = host.run_env(&[("ZD_FAILPOINT", at)], &["/stick2/zd", "-q", "upgrade", "--yes"]);
-    assert_ne!(died.code, 0, "{died:?}");
-    assert_ne!(host.sh("dpkg-query -W"), packages, "it was in the middle");
-    let unfinished = host.drift().to_string();
-    assert!(unfinished.contains("an interrupted upgrade"), "{unfinished}");
-    let start = Instant::now();
-    host.restart();
-    host.settles();
-    println!("rebooted in the middle of an upgrade: as before {:.1} s later", start.elapsed().as_secs_f32());
-    assert_eq!(host.sh("dpkg-query -W"), packages);
-    assert_eq!(host.sh("readlink /opt/zd/generations/current"), "1\n");
-    assert!(host.zd(&["history"]).ok().out.contains("undone"));
-    host.serves();
 }

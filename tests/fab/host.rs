@@ -112,6 +112,8 @@ pub struct Pack<'a> {
     /// Packages in a later version (tests/fab/newer), and one among them that does not start.
     pub newer: &'a [&'a str],
     pub broken: &'a str,
+    /// Packages as this machine's archives have them, to the byte.
+    pub plain: bool,
     /// A version of the sample image that is left out.
     pub without: &'a str,
     /// On the nomad engine, with its programs from here (`zd_stack`, `next_stack`).
@@ -210,14 +212,17 @@ impl Pack<'_> {
         let (name, version) = (self.name.unwrap_or(self.folder), self.version.unwrap_or("1"));
         let engine = if self.releases.is_some() { "nomad" } else { "docker" };
         let https = if engine == "nomad" && !self.loopback_only { "consul-https = 8501\n" } else { "" };
-        let sources = packages(work, self.newer, self.broken);
+        let sources = match self.plain {
+            true => String::new(),
+            false => format!("sources = {:?}\n", packages(work, self.newer, self.broken)),
+        };
         let tcp = ["[[service.tcp]]", "[[service.long-lived]]"].iter().any(|s| self.service.contains(s));
         let stream = if tcp { ", \"libnginx-mod-stream\"" } else { "" };
         let mut manifest = format!(
             "schema = 1\nname = \"{name}\"\nversion = \"{version}\"\nengine = \"{engine}\"\n{https}\
              [target]\nos = \"{}\"\nrelease = \"{}\"\n\
              [packages]\ndocker = [\"docker.io\", \"apparmor\"]\nregistry = [\"docker-registry\"]\nnginx = [\"nginx-light\"{stream}]\n\
-             logrotate = [\"logrotate\"]\nextra = {:?}\nsources = {sources:?}\n",
+             logrotate = [\"logrotate\"]\nextra = {:?}\n{sources}",
             field("ID"),
             field("VERSION_ID"),
             self.extra,

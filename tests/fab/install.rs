@@ -2,13 +2,14 @@
 
 use std::time::{Duration, Instant};
 
-use crate::host::{Host, differences, stick};
+use crate::host::{Host, Pack, SERVICE, differences};
 use crate::journal;
 
 #[test]
 #[ignore = "boots a host"]
 fn install_deploy_switch_rollback_reboot_uninstall() {
-    let host = Host::bare("main", stick());
+    let stick = Pack { folder: "main", service: SERVICE, plain: true, ..Pack::default() }.make();
+    let host = Host::bare("main", &stick);
     let before = host.picture();
 
     let preview = host.run(&["/stick/zd", "install", "--ip", "auto", "--dry-run", "--json"]).ok().json();

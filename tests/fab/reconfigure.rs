@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use crate::another_bundle::active_containers;
 use crate::host::{Host, Pack, SERVICE, differences, stack, stick, zd_stack};
-use crate::upgrade::active_containers;
 
 /// The site's interface has a second address from here on, one that no other test host has.
 fn readdressed(host: &Host) -> String {

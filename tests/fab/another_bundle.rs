@@ -6,19 +6,20 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::time::Instant;
 
-use crate::crash::taken_back_by_a_reboot;
-use crate::host::{Host, PROGRAMS, Pack, Running, SECOND, SERVICE, Said, differences, next_stack, zd_stack};
+use crate::host::{
+    Host, PROGRAMS, Pack, Running, SECOND, SERVICE, Said, differences, next_stack, stack, zd_stack,
+};
 
 const PACKAGES: [&str; 3] = ["nginx", "docker.io", "docker-registry"];
 
 /// The bundle that is installed first, and one that follows it.
-pub fn first() -> &'static Path {
+fn first() -> &'static Path {
     static FIRST: OnceLock<PathBuf> = OnceLock::new();
     let (folder, name, service) = ("quarter-1", Some("quarter"), SERVICE);
     FIRST.get_or_init(|| Pack { folder, name, service, ..Pack::default() }.make())
 }
 
-pub fn next(folder: &str, service_version: &str, broken: &str) -> PathBuf {
+fn next(folder: &str, service_version: &str, broken: &str) -> PathBuf {
     next_with(folder, service_version, &PACKAGES, broken)
 }
 
@@ -28,7 +29,7 @@ fn with_second(version: &str) -> String {
 }
 
 /// What the second service answers; empty where it is not installed, nor anything left of it.
-pub fn second(host: &Host) -> String {
+fn second(host: &Host) -> String {
     let mut answer = String::new();
     if let Ok(mut stream) = TcpStream::connect((host.ip.as_str(), 82)) {
         stream.write_all(b"GET /hello HTTP/1.0\r\n\r\n").expect("asked");
@@ -49,7 +50,7 @@ fn next_with(folder: &str, service_version: &str, newer: &[&str], broken: &str) 
 }
 
 /// Requests of every kind for as long as the change may take; no change of version is expected.
-pub fn load(host: &Host, rate: u32, changes: usize) -> Running {
+fn load(host: &Host, rate: u32, changes: usize) -> Running {
     host.load(rate, changes, &["--mode", "mixed", "--method", "mixed"])
 }
 
@@ -286,7 +287,92 @@ fn there_and_back(host: &Host, next: &Path, restarted: &[&str]) {
     host.sh("rm -r /next");
 }
 
-pub fn next_of_stack(folder: &str, broken: &str) -> Option<PathBuf> {
+/// Killed after journal entries of an upgrade: taken back, or run again, each time whole.
+#[test]
+#[ignore = "boots a host"]
+fn killed_upgrades_are_undone_or_finished() {
+    torn(&Host::bare("torn", first()), &next("quarter-torn", "v2", ""));
+}
+
+#[test]
+#[ignore = "boots a host"]
+fn full_stack_upgrades_are_undone_or_finished() {
+    let Some(first) = stack() else { return };
+    torn(&Host::bare("torn-nomad", first), &next_of_stack("stack-torn", "").expect("programs"));
+}
+
+fn torn(host: &Host, next: &Path) {
+    host.run(&["/stick/zd", "-q", "install", "--ip", "auto"]).ok();
+    host.copy_in(next, "/stick2");
+    let packages = host.sh("dpkg-query -W");
+    let long = std::env::var_os("ZD_TEST_LONG").is_some();
+    let (mut entry, mut tried) = (1, 0);
+    let running = load(host, 300, 0);
+    loop {
+        let failpoint = format!("journal:{entry}");
+        let died = host.run_env(&[("ZD_FAILPOINT", &failpoint)], &["/stick2/zd", "-q", "upgrade", "--yes"]);
+        // Killed behind the last entry it is whole.
+        if died.code == 0 || host.zd(&["undo", "--dry-run"]).out.contains("nothing is unfinished") {
+            break;
+        }
+        host.zd(&["switch"]).fails(9, "unfinished", &["zd upgrade", "zd undo"]);
+        host.run(&["/stick2/zd", "-q", "undo", "--yes"]).ok();
+        if host.sh("readlink /opt/zd/generations/current") == "2\n" {
+            // The containers before were being removed: from there it is finished.
+            break;
+        }
+        assert_eq!(host.sh("dpkg-query -W"), packages, "undo after entry {entry}");
+        assert_eq!(second(host), "", "undo after entry {entry}");
+        host.settles();
+        tried += 1;
+        entry += if long { 1 } else { 21 };
+    }
+    println!("upgrade killed after {tried} entries and undone each time");
+    assert!(second(host).contains("v1"));
+    let back = ["zd", "-q", "rollback", "--generation", "1", "--yes"];
+    let plan = host.run(&[&back[..], &["--dry-run"]].concat()).ok().out;
+    assert!(plan.contains("service second goes, and port 82 with it"), "{plan}");
+    finished_though_killed(host, &back);
+    assert_eq!(second(host), "", "gone back");
+    host.clean(running);
+    taken_back_by_a_reboot(host, "journal:5");
+    let running = load(host, 300, 0);
+    finished_though_killed(host, &["/stick2/zd", "-q", "upgrade", "--yes"]);
+    assert!(host.sh("dpkg-query -W nginx").contains("+zd1") && second(host).contains("v1"));
+    host.settles();
+    host.clean(running);
+}
+
+/// Each run dies at the third entry that it writes, so now before a step and now behind one; at the first with --long.
+fn finished_though_killed(host: &Host, command: &[&str]) {
+    let entry = if std::env::var_os("ZD_TEST_LONG").is_some() { "journal:1" } else { "journal:3" };
+    let mut kills = 0;
+    while host.run_env(&[("ZD_FAILPOINT", entry)], command).code != 0 {
+        kills += 1;
+        assert!(kills < 200, "does not come to an end");
+    }
+    println!("{} killed {kills} times and run again each time", command[2]);
+}
+
+/// The host goes down in the middle: it comes up with all that it had before.
+fn taken_back_by_a_reboot(host: &Host, at: &str) {
+    let packages = host.sh("dpkg-query -W");
+    let died = host.run_env(&[("ZD_FAILPOINT", at)], &["/stick2/zd", "-q", "upgrade", "--yes"]);
+    assert_ne!(died.code, 0, "{died:?}");
+    assert_ne!(host.sh("dpkg-query -W"), packages, "it was in the middle");
+    let unfinished = host.drift().to_string();
+    assert!(unfinished.contains("an interrupted upgrade"), "{unfinished}");
+    let start = Instant::now();
+    host.restart();
+    host.settles();
+    println!("rebooted in the middle of an upgrade: as before {:.1} s later", start.elapsed().as_secs_f32());
+    assert_eq!(host.sh("dpkg-query -W"), packages);
+    assert_eq!(host.sh("readlink /opt/zd/generations/current"), "1\n");
+    assert!(host.zd(&["history"]).ok().out.contains("undone"));
+    host.serves();
+}
+
+fn next_of_stack(folder: &str, broken: &str) -> Option<PathBuf> {
     let service = with_second("v2");
     let releases = Some(next_stack(&format!("{folder}-binaries"), &PROGRAMS, broken)?);
     let (name, version) = (Some("stack"), Some("2"));
