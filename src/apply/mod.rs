@@ -4,9 +4,11 @@ mod act;
 mod check;
 mod revert;
 
+use std::convert::Infallible;
 use std::time::Instant;
 
 use serde::Serialize;
+use tokio::sync::oneshot;
 
 use crate::audit;
 use crate::error::Result;
@@ -90,23 +92,33 @@ pub async fn apply(plan: &Plan, host: &Host<'_>, bundle: Option<&Digest>) -> Res
 /// As [`apply`]; what was done before a failure is told as well.
 async fn attempt(plan: &Plan, host: &Host<'_>, bundle: Option<&Digest>) -> (Summary, Result<()>) {
     let mut summary = Summary::default();
-    let applied = carry_out(plan, host, bundle, &mut summary).await;
-    let pushes = plan.steps.iter().any(|step| matches!(step, Step::Push { .. }));
-    let closed = if pushes { registry::close().await } else { Ok(()) };
+    let (pushing, pushed) = oneshot::channel();
+    // Beside the steps behind the last push: it takes longer than most of them.
+    let close = async {
+        let Err(_dropped) = pushed.await;
+        if pushes(&plan.steps) { registry::close().await } else { Ok(()) }
+    };
+    let (applied, closed) = tokio::join!(carry_out(plan, host, bundle, &mut summary, pushing), close);
     (summary, applied.and(closed))
 }
 
+fn pushes(steps: &[Step]) -> bool {
+    steps.iter().any(|step| matches!(step, Step::Push { .. }))
+}
+
 /// An unfinished receipt of the same plan is taken up; otherwise a new one begins with the first step that has to
-/// act, so that a run with nothing to do leaves no trace.
+/// act, so that a run with nothing to do leaves no trace. `pushing` is dropped behind the last push.
 async fn carry_out(
     plan: &Plan,
     host: &Host<'_>,
     bundle: Option<&Digest>,
     summary: &mut Summary,
+    pushing: oneshot::Sender<Infallible>,
 ) -> Result<()> {
+    let mut pushing = Some(pushing);
     let mut journal = receipt::unfinished()?;
     let bar = host.ui.count(format!("{} {}", plan.verb, plan.about), plan.steps.len() as u64);
-    for step in &plan.steps {
+    for (at, step) in plan.steps.iter().enumerate() {
         let title = step.title();
         bar.set_message(title.clone());
         // The files may be there while their process runs with those before: its restart was not reached.
@@ -139,6 +151,7 @@ async fn carry_out(
                 summary.done.push(Done { step: title, seconds });
             }
         }
+        pushing = pushing.filter(|_| pushes(&plan.steps[at + 1..]));
         bar.inc(1);
     }
     bar.finish_and_clear();

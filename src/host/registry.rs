@@ -87,9 +87,16 @@ impl Registry {
 
     /// The one that is pushed to; started where it does not run. [`close`] stops it.
     pub async fn open() -> Result<Self> {
+        let open = async || {
+            let client = builder().unix_socket(paths::REGISTRY_SOCKET).tls_certs_only([]);
+            Self::over(client, "http://push".into(), None).await
+        };
+        // systemctl(1) takes longer to see that it runs than most images take to be pushed.
+        if let Ok(open) = open().await {
+            return Ok(open);
+        }
         systemd::start(PUSH_UNIT).await?;
-        let client = || builder().unix_socket(paths::REGISTRY_SOCKET).tls_certs_only([]);
-        until(READY, EVERY, async || Self::over(client(), "http://push".into(), None).await).await
+        until(READY, EVERY, open).await
     }
 
     async fn over(client: ClientBuilder, base: String, password: Option<String>) -> Result<Self> {

@@ -320,8 +320,11 @@ impl Host {
     }
 
     pub fn copy_in(&self, from: &Path, to: &str) {
-        let to = format!("{}:{to}", self.name);
-        said(Command::new("docker").arg("cp").arg(from).arg(&to).output().expect("docker cp")).ok();
+        fab(&["put", &self.name, &from.display().to_string(), to]);
+    }
+
+    pub fn copy_out(&self, from: &str, to: &Path) {
+        fab(&["get", &self.name, from, &to.display().to_string()]);
     }
 
     fn command(&self, env: &[(&str, &str)], argv: &[&str]) -> Command {
