@@ -55,31 +55,44 @@ pub struct Switched {
 /// answer, after which every old answer whose request was sent later is mixed. With fewer than 5
 /// requests between two switches the two cannot be told from a stray: use a higher rate.
 ///
-/// With `expected` given, each change beyond that many is a mixed answer too (it stays in the list).
+/// With `expected` given and no more changes than that if each answer that could begin an epoch does (2 left out),
+/// these explain all answers: none is mixed. So it is also told right where answers take longer than it is from one
+/// switch to the next, and no run of requests in order of sending settles anything. Else the rules hold as they are,
+/// and each change beyond that many is a mixed answer too (it stays in the list).
 pub fn analyse(samples: &[Sample], expected: Option<usize>) -> (Vec<Switched>, u64) {
-    let mut changes = Vec::new();
-    let mut mixed = 0;
-    if samples.iter().any(|s| s.version != samples[0].version) {
-        let later = Later::new(samples);
-        // Recorded in this order already, so the sort is one pass.
-        let mut by_end: Vec<&Sample> = samples.iter().collect();
-        by_end.sort_by_key(|s| s.end_us());
-        let (mut version, mut start_us) = (by_end[0].version, by_end[0].end_us());
-        for answer in by_end {
-            if answer.version == version || answer.sent_us <= start_us {
-                continue;
-            }
-            let end_us = answer.end_us();
-            if later.settled_after(end_us) == Some(version) {
-                mixed += 1;
-            } else {
-                changes.push(Switched { at_us: end_us, from: version, to: answer.version });
-                (version, start_us) = (answer.version, end_us);
-            }
+    if samples.iter().all(|s| s.version == samples[0].version) {
+        return (Vec::new(), 0);
+    }
+    // Recorded in this order already, so the sort is one pass.
+    let mut by_end: Vec<&Sample> = samples.iter().collect();
+    by_end.sort_by_key(|s| s.end_us());
+    if let Some(expected) = expected {
+        let (changes, _) = epochs(&by_end, |_, _| false);
+        if changes.len() <= expected {
+            return (changes, 0);
         }
     }
-    if let Some(expected) = expected {
-        mixed += changes.len().saturating_sub(expected) as u64;
+    let later = Later::new(samples);
+    let (changes, mixed) = epochs(&by_end, |us, version| later.settled_after(us) == Some(version));
+    let beyond = expected.map_or(0, |expected| changes.len().saturating_sub(expected) as u64);
+    (changes, mixed + beyond)
+}
+
+/// The changes, and the answers that are mixed because the epoch's version `outlives` when they were complete.
+fn epochs(by_end: &[&Sample], outlives: impl Fn(u64, u16) -> bool) -> (Vec<Switched>, u64) {
+    let (mut changes, mut mixed) = (Vec::new(), 0);
+    let (mut version, mut start_us) = (by_end[0].version, by_end[0].end_us());
+    for answer in by_end {
+        if answer.version == version || answer.sent_us <= start_us {
+            continue;
+        }
+        let end_us = answer.end_us();
+        if outlives(end_us, version) {
+            mixed += 1;
+        } else {
+            changes.push(Switched { at_us: end_us, from: version, to: answer.version });
+            (version, start_us) = (answer.version, end_us);
+        }
     }
     (changes, mixed)
 }
@@ -206,6 +219,22 @@ mod tests {
     fn a_toggle_and_back_shorter_than_a_switch_can_be_is_mixed() {
         let samples = steady(0, 1000, |ms| if (500..540).contains(&ms) { 2 } else { 1 });
         assert_eq!(analyse(&samples, None), (vec![], 40));
+    }
+
+    #[test]
+    fn switches_closer_than_answers_take_are_told_apart() {
+        // A quarter is answered at once, the rest after up to 700 ms; the version is that of 0.3 ms before the end.
+        let took = |ms: u64| [300, 700_000, 250_000, 450_000][(ms % 4) as usize];
+        let serves = |us: u64| if (500_000..800_000).contains(&us) { 2 } else { 1 };
+        let mut samples: Vec<Sample> = (0..2000u64)
+            .map(|ms| (ms * 1000, ms * 1000 + took(ms)))
+            .map(|(sent, end)| Sample::new(sent, end, serves(end - 300)))
+            .collect();
+        let changes = vec![change(500_300, 1, 2), change(800_300, 2, 1)];
+        assert_eq!(analyse(&samples, Some(2)), (changes, 0));
+        assert!(analyse(&samples, None).1 > 0, "nothing settles here");
+        samples.push(Sample::new(900_000, 901_000, 2));
+        assert!(analyse(&samples, Some(2)).1 > 0);
     }
 
     #[test]

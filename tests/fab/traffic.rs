@@ -21,7 +21,7 @@ fn a_hundred_switches_under_load() {
         p99s.push(ms("held_p99_ms"));
         // Evenly over the load, so that each version settles.
         let ahead = (i + 1) as f64 * 0.69 - start.elapsed().as_secs_f64();
-        std::thread::sleep(std::time::Duration::from_secs_f64(ahead.max(0.05)));
+        std::thread::sleep(std::time::Duration::from_secs_f64(ahead.max(0.3)));
     }
     let report = host.clean(load);
     p99s.sort_by(f64::total_cmp);
