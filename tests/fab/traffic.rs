@@ -35,8 +35,7 @@ fn a_hundred_switches_under_load() {
         totals[SWITCHES - 1],
         report["latency_ms"]
     );
-    // The median: other hosts' tests want the processors at the same time.
-    assert!(totals[SWITCHES / 2] < 1000.0, "a switch with its verification takes under 1 s: {totals:?}");
+    assert!(totals[98] < 1000.0, "a switch with its verification takes under 1 s: {totals:?}");
 }
 
 #[test]
