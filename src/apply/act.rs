@@ -56,7 +56,9 @@ pub async fn act(step: &Step, host: &Host<'_>) -> Result<()> {
             }
         }
         Step::File(text) => {
-            let known_unit = text.path.starts_with(paths::UNITS) && text.path.exists();
+            // A new unit is read when it is enabled; a changed one, or one with a new drop-in, is not.
+            let of_units = text.path.strip_prefix(paths::UNITS);
+            let known_unit = of_units.is_ok_and(|unit| text.path.exists() || unit.components().count() > 1);
             write(text)?;
             if known_unit { systemd::daemon_reload().await } else { Ok(()) }
         }
@@ -378,10 +380,10 @@ pub async fn place_job(service: &Name, slot: Slot, job: &Value) -> Result<()> {
     register(service, slot, job).await
 }
 
-/// Registers a job and keeps it as it was registered: whatever differs from it later was changed by others.
+/// Registers a job and keeps its record: a job that no longer covers it was changed by somebody else.
 async fn register(service: &Name, slot: Slot, job: &Value) -> Result<()> {
-    nomad::register(&nomad::connect()?, job).await?;
-    hostfs::write(&paths::placed_job(service, slot), format!("{job:#}\n").as_bytes(), 0o600, None)
+    let record = nomad::register(&nomad::connect()?, &paths::job(service, slot), job).await?;
+    hostfs::write(&paths::placed_job(service, slot), format!("{record:#}\n").as_bytes(), 0o600, None)
 }
 
 /// Registers a job over itself and waits until the containers that are too many are gone.

@@ -146,7 +146,7 @@ pub async fn check(step: &Step, host: &Host<'_>) -> Result<Check> {
         }
         Step::Resize { service, slot, job } => {
             let (service, slot) = (service.clone(), *slot);
-            match registered(&paths::job(&service, slot), job, host).await? {
+            match registered(&service, slot, job, host).await? {
                 Some((differs, before)) => {
                     needed_unless(!differs, Undo::ResizeBack { service, slot, job: before })
                 }
@@ -167,7 +167,7 @@ pub async fn check(step: &Step, host: &Host<'_>) -> Result<Check> {
         }
         Step::Job { service, slot, job, keep } => {
             let (service, slot) = (service.clone(), *slot);
-            match registered(&paths::job(&service, slot), job, host).await {
+            match registered(&service, slot, job, host).await {
                 Ok(Some((_, before))) if *keep && same_content(&before, job) => {
                     let undo = Undo::PutBackJob { service: service.clone(), slot, job: before };
                     needed_unless(!others_run(&service, slot, job, host).await, undo)
@@ -341,12 +341,23 @@ async fn others_run(service: &Name, slot: Slot, job: &Value, host: &Host<'_>) ->
     host.backup.is_some() && found.iter().any(|c| job["Meta"]["zd_digest"] != *c.digest)
 }
 
-/// The job as Nomad has it, and whether `wanted` would change it; None where there is none.
-async fn registered(id: &str, wanted: &Value, host: &Host<'_>) -> Result<Option<(bool, Value)>> {
-    let api = nomad::connect()?;
-    let Some(before) = nomad::job(&api, id).await? else { return Ok(None) };
+/// The slot's job as Nomad has it, and whether `wanted` would change it; None where there is none.
+async fn registered(
+    service: &Name,
+    slot: Slot,
+    wanted: &Value,
+    host: &Host<'_>,
+) -> Result<Option<(bool, Value)>> {
+    let Some(before) = nomad::job(&nomad::connect()?, &paths::job(service, slot)).await? else {
+        return Ok(None);
+    };
     let wanted = named_as(wanted, &before, &coming(host)?.host);
-    Ok(Some((nomad::differs(&api, id, &wanted).await?, before)))
+    let same = match nomad::record(service, slot)? {
+        // Also where what was submitted had a field that is no longer wanted.
+        Some(record) => nomad::covers(&before, &record) && nomad::is_record_of(&record, &wanted),
+        None => nomad::covers(&before, &wanted),
+    };
+    Ok(Some((!same, before)))
 }
 
 /// Settings as they will be: what the plan leads to where that is known, else what is installed, or what the running

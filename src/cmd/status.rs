@@ -8,7 +8,6 @@ use std::time::Duration;
 use comfy_table::{Table, presets};
 use jiff::Timestamp;
 use serde::Serialize;
-use serde_json::Value;
 
 use super::backup::{self, Last};
 use crate::backup::Settings;
@@ -268,18 +267,17 @@ async fn stack_drift(installed: &Installed, service: &Service) -> Vec<Drift> {
         let active = pointer::read(name).is_ok_and(|p| p.slot() == *slot);
         let first = if active { "zd switch, then " } else { "" };
         let cure = format!("{first}zd deploy {}", filled.version);
-        let placed = std::fs::read(paths::placed_job(name, *slot)).ok();
-        let placed: Option<Value> = placed.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+        let record = nomad::record(name, *slot).unwrap_or_default();
         match nomad::job(&nomad, &id).await {
             Ok(None) => drift.push(Drift::new(format!("Nomad job {id} is gone"), cure)),
             Ok(Some(found)) => {
-                let differs = match placed {
-                    Some(placed) => nomad::differs(&nomad, &id, &placed).await,
+                let same = match record {
+                    Some(record) => Ok(nomad::covers(&found, &record)),
                     // An earlier zd has not kept it, and made it from a template of its own.
                     None => plan::slot::job(installed, service, *slot, &reference, &filled.digest)
-                        .map(|job| !plan::slot::same_content(&found, &job)),
+                        .map(|job| plan::slot::same_content(&found, &job)),
                 };
-                if differs.unwrap_or(false) {
+                if !same.unwrap_or(true) {
                     drift.push(Drift::new(format!("Nomad job {id} was changed by hand"), cure));
                 }
             }

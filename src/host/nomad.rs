@@ -10,6 +10,7 @@ use super::api::Api;
 use super::secrets::{self, Token};
 use super::{exec, fs, paths, systemd, until};
 use crate::error::{Code, OrCode, Result};
+use crate::ids::{Name, Slot};
 
 pub const UNIT: &str = "nomad.service";
 const SNAPSHOT: &str = "/v1/operator/snapshot";
@@ -162,25 +163,63 @@ pub async fn job(api: &Api, id: &str) -> Result<Option<Value>> {
     Ok((!job.is_null() && job["Stop"] != true).then_some(job))
 }
 
-/// Whether registering `job` would change anything (Nomad's own plan of it).
-pub async fn differs(api: &Api, id: &str, job: &Value) -> Result<bool> {
-    let request = json!({ "Job": job, "Diff": true });
-    let plan = api.put(&format!("/v1/job/{id}/plan"), &request).await?;
-    Ok(is_change(&plan["Diff"]))
+/// Fields of a job that only the server sets and changes by itself (Nomad HTTP API, "Read Job").
+const SERVERS_OWN: [&str; 7] =
+    ["CreateIndex", "JobModifyIndex", "ModifyIndex", "Stable", "Status", "StatusDescription", "SubmitTime"];
+
+/// Registers a job and returns its record: the job as submitted, with the version number that it got. Any later
+/// registration that changes something, by whomever, gets another number.
+pub async fn register(api: &Api, id: &str, job: &Value) -> Result<Value> {
+    let mut record = job.clone();
+    if let Some(fields) = record.as_object_mut() {
+        fields.retain(|key, _| !SERVERS_OWN.contains(&key.as_str()));
+    }
+    api.put("/v1/jobs", &json!({ "Job": record })).await?;
+    let found = api.get(&format!("/v1/job/{id}")).await?;
+    record[VERSION] = found[VERSION].clone();
+    Ok(record)
 }
 
-/// Whether a diff names anything that changes. Its own types do not say: Nomad 1.1 calls a task edited that
-/// is the same in every field.
-fn is_change(diff: &Value) -> bool {
-    let parts = |key: &str| diff[key].as_array().into_iter().flatten();
-    let leaf = diff.get("Old").is_some() && diff["Type"] != "None";
-    leaf || diff["Type"] == "Added"
-        || diff["Type"] == "Deleted"
-        || ["Fields", "Objects", "TaskGroups", "Tasks"].iter().any(|key| parts(key).any(is_change))
+const VERSION: &str = "Version";
+
+/// The record of the job that zd registered last for a slot; None where an earlier zd has kept none.
+pub fn record(service: &Name, slot: Slot) -> Result<Option<Value>> {
+    let path = paths::placed_job(service, slot);
+    let Some(bytes) = fs::read_if_any(&path)? else { return Ok(None) };
+    serde_json::from_slice(&bytes).map(Some).or_code(Code::Io, path.display())
 }
 
-pub async fn register(api: &Api, job: &Value) -> Result<()> {
-    api.put("/v1/jobs", &json!({ "Job": job })).await.map(drop)
+/// Whether a job has every field of `wanted`. What it has beyond these are defaults of the server, which differ from
+/// version to version and say nothing about who changed what.
+pub fn covers(found: &Value, wanted: &Value) -> bool {
+    let is_empty = |value: &Value| {
+        value.is_null()
+            || value.as_object().is_some_and(serde_json::Map::is_empty)
+            || value.as_array().is_some_and(Vec::is_empty)
+    };
+    match (found, wanted) {
+        (_, wanted) if is_empty(wanted) => is_empty(found),
+        (Value::Object(found), Value::Object(wanted)) => {
+            wanted.iter().all(|(key, wanted)| covers(found.get(key).unwrap_or(&Value::Null), wanted))
+        }
+        (Value::Array(found), Value::Array(wanted)) => {
+            found.len() == wanted.len()
+                && found.iter().zip(wanted).all(|(found, wanted)| covers(found, wanted))
+        }
+        // Nomad gives the whole numbers of a driver's configuration back as 1048576.0.
+        (Value::Number(found), Value::Number(wanted)) => found.as_f64() == wanted.as_f64(),
+        (found, wanted) => found == wanted,
+    }
+}
+
+/// Whether a job record and a job that is to be submitted say the same.
+pub fn is_record_of(record: &Value, job: &Value) -> bool {
+    let submitted = |job: &Value| {
+        let mut job = job.clone();
+        job.as_object_mut().map(|fields| fields.remove(VERSION));
+        job
+    };
+    submitted(record) == submitted(job)
 }
 
 /// Stops a job for good; its containers go.
@@ -401,18 +440,44 @@ mod tests {
         assert_eq!(job(&api, "hello-blue").await.unwrap(), None);
     }
 
-    #[tokio::test]
-    async fn plans() {
-        for (recording, id, expected) in [
-            ("nomad-plan-new", "hello-blue", true),
-            // Its types say `Edited`, but no field differs.
-            ("nomad-plan-same", "hello-green", false),
-            ("nomad-plan-changed", "hello-blue", true),
-        ] {
-            let (replay, api) = replay(&[recording]).await;
-            let job = replay.next_body()["Job"].clone();
-            assert_eq!(differs(&api, id, &job).await.unwrap(), expected, "{recording}");
+    #[test]
+    fn what_a_server_adds_is_no_change() {
+        let submitted = json!({
+            "ID": "hello-blue",
+            "Env": null,
+            "Version": 0,
+            "TaskGroups": [{ "Name": "1", "Count": 1, "Tasks": [{ "Config": { "image": "a", "memory": 64 } }] }],
+        });
+        let found = json!({
+            "ID": "hello-blue",
+            "Env": {},
+            "Version": 0,
+            "Constraints": [{ "LTarget": "${attr.consul.version}" }],
+            "TaskGroups": [{ "Name": "1", "Count": 1, "Consul": { "Cluster": "default" },
+                             "Tasks": [{ "Config": { "image": "a", "memory": 64.0 }, "User": "" }] }],
+        });
+        assert!(covers(&found, &submitted));
+        type Change = fn(&mut Value);
+        let changes: [Change; 5] = [
+            |job| job["TaskGroups"][0]["Count"] = json!(2),
+            |job| job["TaskGroups"][0]["Tasks"][0]["Config"]["image"] = json!("b"),
+            |job| job["TaskGroups"] = json!([]),
+            |job| job["Env"] = json!({ "A": "1" }),
+            // What is not among the submitted fields shows in the version.
+            |job| job["Version"] = json!(1),
+        ];
+        for change in changes {
+            let mut changed = found.clone();
+            change(&mut changed);
+            assert!(!covers(&changed, &submitted), "{changed}");
         }
+    }
+
+    #[test]
+    fn a_record_is_compared_without_its_version() {
+        let record = json!({ "ID": "hello-blue", "Version": 3 });
+        assert!(is_record_of(&record, &json!({ "ID": "hello-blue" })));
+        assert!(!is_record_of(&record, &json!({ "ID": "hello-blue", "Env": { "A": "1" } })));
     }
 
     #[tokio::test]
@@ -426,9 +491,10 @@ mod tests {
 
     #[tokio::test]
     async fn register_purge_and_collect() {
-        let (replay, api) = replay(&["nomad-register", "nomad-purge", "nomad-job-missing", "nomad-gc"]).await;
+        let (replay, api) =
+            replay(&["nomad-register", "nomad-job", "nomad-purge", "nomad-job-missing", "nomad-gc"]).await;
         let job = replay.next_body()["Job"].clone();
-        register(&api, &job).await.unwrap();
+        assert_eq!(register(&api, "hello-blue", &job).await.unwrap()["Version"], 0);
         purge(&api, "hello-green").await.unwrap();
         purge(&api, "hello-blue").await.unwrap();
         collect_garbage(&api).await.unwrap();

@@ -257,6 +257,11 @@ impl Builder<'_> {
                 "log-opts": { "max-size": "10m", "max-file": "3" },
             });
             self.file("/etc/docker/daemon.json", format!("{daemon:#}\n"));
+            for unit in ["docker.service", "containerd.service"] {
+                let folder = Path::new(paths::UNITS).join(format!("{unit}.d"));
+                self.push(Step::Dir { path: folder.clone(), mode: 0o755, owner: None, keep: Keep::Shared });
+                self.file(folder.join("zd.conf"), assets::UNLIMITED_STARTS);
+            }
         }
         self.push(Step::Packages { repository: repository(inputs.installed), wanted });
     }

@@ -55,7 +55,7 @@ impl Builder<'_> {
             "key": paths::CONSUL_KEY,
         });
         let mut config = assets::json("consul.json", assets::CONSUL_CONF, variables)?;
-        if consul_version(&installed.lock)? >= (1, 14) {
+        if series(&installed.lock, Product::Consul)? >= (1, 14) {
             // A port more since then; older ones refuse a key that they do not know.
             config["ports"]["grpc_tls"] = json!(-1);
         }
@@ -93,7 +93,11 @@ impl Builder<'_> {
             "cert": paths::NOMAD_CERT,
             "key": paths::NOMAD_KEY,
         });
-        let config = assets::json("nomad.json", assets::NOMAD_CONF, variables)?;
+        let mut config = assets::json("nomad.json", assets::NOMAD_CONF, variables)?;
+        if series(&installed.lock, Product::Nomad)? >= (1, 8) {
+            // Known since then, and else beside its data, where its unit cannot write.
+            config["client"]["alloc_mounts_dir"] = json!(Path::new(paths::NOMAD_DATA).join("alloc_mounts"));
+        }
         let config = text_file(Path::new(etc).join("nomad.json"), format!("{config:#}\n"));
         self.stack_daemon(installed, Product::Nomad, assets::NOMAD_UNIT, vec![config])?;
         if self.restored.is_some() {
@@ -182,10 +186,11 @@ fn release(lock: &Lock, product: Product) -> Result<&Release> {
 
 /// What the version of Consul in the bundle calls its first token: `initial_management` since 1.11.
 pub fn management(lock: &Lock) -> Result<String> {
-    Ok(if consul_version(lock)? >= (1, 11) { "initial_management" } else { "master" }.into())
+    Ok(if series(lock, Product::Consul)? >= (1, 11) { "initial_management" } else { "master" }.into())
 }
 
-fn consul_version(lock: &Lock) -> Result<(u32, u32)> {
-    let (major, minor, _) = release(lock, Product::Consul)?.version.numbers();
+/// The first two numbers of a product's version in the bundle.
+fn series(lock: &Lock, product: Product) -> Result<(u32, u32)> {
+    let (major, minor, _) = release(lock, product)?.version.numbers();
     Ok((major, minor))
 }

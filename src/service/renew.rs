@@ -77,23 +77,15 @@ pub async fn renew(process: &Process, installed: &Installed) -> Result<()> {
     }
 }
 
-/// Containers live on under their shims (live-restore). Nomad is stopped meanwhile: its driver stops a container
-/// whose wait call fails.
+/// Containers live on under their shims (live-restore). Nomad stops and starts with dockerd, as its unit says.
 async fn docker(engine: Engine) -> Result<()> {
-    if engine == Engine::Nomad {
-        systemd::stop(nomad::UNIT).await?;
-    }
     for unit in ["containerd.service", "docker.service"] {
         if is_unit_stale(unit).await? {
             systemd::restart(unit).await?;
         }
     }
     until(READY, EVERY, async || Docker::connect().await.map(drop)).await?;
-    if engine == Engine::Nomad {
-        systemd::start(nomad::UNIT).await?;
-        nomad::set_up().await?;
-    }
-    Ok(())
+    if engine == Engine::Nomad { nomad::set_up().await } else { Ok(()) }
 }
 
 /// nginx(8), "Upgrading an executable on the fly": USR2 starts the new one beside the old, WINCH retires the
