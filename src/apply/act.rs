@@ -184,6 +184,7 @@ pub async fn act(step: &Step, host: &Host<'_>) -> Result<()> {
         Step::Firewall { kind, port, open: true } => kind.open(*port).await,
         Step::Firewall { kind, port, .. } => kind.close(*port).await,
         Step::Restored(restored) => restore(host, restored).await,
+        Step::Rebuild { product, stores, aside } => rebuild(*product, stores, aside, &coming(host)?).await,
         Step::Snapshot { product: Product::Consul } => {
             as_node_of(backup(host)?).await?;
             consul::restore(snapshot(host, CONSUL_SNAPSHOT)?).await
@@ -202,7 +203,7 @@ pub async fn act(step: &Step, host: &Host<'_>) -> Result<()> {
             }
             Ok(())
         }
-        Step::Switched { service, slot } => switch_to(service, *slot).await,
+        Step::Switched { service, slot } => switch_to(service, *slot, host).await,
     }
 }
 
@@ -218,6 +219,25 @@ async fn as_node_of(backup: &Backup) -> Result<()> {
         put(backup, entry)?;
     }
     systemd::start(consul::UNIT).await
+}
+
+/// Half of the stores may be aside already, by a run that was killed.
+async fn rebuild(product: Product, stores: &[PathBuf], aside: &Path, installed: &Installed) -> Result<()> {
+    let unit = format!("{product}.service");
+    systemd::stop(&unit).await?;
+    hostfs::make_dir(aside, 0o700, None)?;
+    for store in stores.iter().filter(|store| store.exists()) {
+        hostfs::unmount_beneath(store).await?;
+        let to = aside.join(store.file_name().unwrap_or_default());
+        std::fs::rename(store, &to).at(store)?;
+        store.parent().map_or(Ok(()), hostfs::sync_dir)?;
+    }
+    hostfs::sync_dir(aside)?;
+    systemd::start(&unit).await?;
+    match product {
+        Product::Nomad => nomad::begin_anew().await,
+        Product::Consul | Product::ConsulTemplate => consul::set_up(&installed.host.node()).await,
+    }
 }
 
 /// Images that Nomad is about to start. It would pull them itself, and the time that takes would be taken from that in
@@ -293,10 +313,10 @@ pub fn aside(path: &Path) -> PathBuf {
     Path::new(paths::BEFORE).join(path.to_string_lossy().replace('/', "+"))
 }
 
-pub async fn switch_to(service: &Name, slot: Slot) -> Result<()> {
+pub async fn switch_to(service: &Name, slot: Slot, host: &Host<'_>) -> Result<()> {
     let installed = Installed::require()?;
     let service = installed.service(Some(service))?;
-    let request = switch::Request { verb: "restore", reason: "" };
+    let request = switch::Request { verb: host.verb, reason: "" };
     switch::run(&installed, service, slot, &request).await.map(drop)
 }
 

@@ -168,7 +168,7 @@ pub async fn revert(undo: &Undo, host: &Host<'_>, way: Way) -> Result<()> {
             }
         }
         Undo::SwitchBack { .. } if way != Way::Back => Ok(()),
-        Undo::SwitchBack { service, slot } => switch_to(service, *slot).await,
+        Undo::SwitchBack { service, slot } => switch_to(service, *slot, host).await,
         Undo::Unknown => Err(Code::Unfinished
             .err("this receipt was written by a newer zd")
             .cure("use the newer zd, from the stick it came on")),

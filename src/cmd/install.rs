@@ -89,6 +89,9 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
     let foreign_docker = foreign_docker(&facts)?;
     let mut findings = preflight::host(&facts);
     findings.extend(assess(&bundle, &facts, &installed.host, foreign_docker, known.is_none())?);
+    if let Some(present) = Installed::read()? {
+        findings.extend(preflight::stores(&present).await?);
+    }
     tell_notes(&findings, ui);
     let open_firewall = facts.firewall.filter(|_| args.open_firewall);
     let inputs = planner::Inputs {

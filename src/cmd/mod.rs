@@ -1,6 +1,7 @@
 //! The command line: one file per verb, each with its `Args` and a `run` that reads as its pipeline.
 
 pub mod backup;
+pub mod check_stores;
 pub mod completions;
 pub mod deploy;
 pub mod doctor;
@@ -17,6 +18,7 @@ pub mod pack;
 pub mod publish;
 pub mod reconfigure;
 pub mod reload;
+pub mod repair;
 pub mod restore;
 pub mod rollback;
 pub mod scale;
@@ -78,12 +80,15 @@ pub enum Command {
     Secrets(secrets::Args),
     Backup(backup::Args),
     Restore(restore::Args),
+    Repair(repair::Args),
     History(history::Args),
     Logs(logs::Args),
     Support(support::Args),
     Loadtest(loadtest::Args),
     Undo(undo::Args),
     Uninstall(uninstall::Args),
+    #[command(hide = true)]
+    CheckStores(check_stores::Args),
     #[command(hide = true)]
     Publish(publish::Args),
     #[command(hide = true)]
@@ -133,6 +138,8 @@ pub async fn run(command: Command, ui: &Ui) -> Result<()> {
         Command::Secrets(args) => secrets::run(args, ui).await,
         Command::Backup(args) => backup::run(args, ui).await,
         Command::Restore(args) => restore::run(args, ui).await,
+        Command::Repair(args) => repair::run(args, ui).await,
+        Command::CheckStores(args) => check_stores::run(args),
         Command::History(args) => history::run(args, ui),
         Command::Logs(args) => logs::run(args, ui).await,
         Command::Support(args) => support::run(args, ui).await,

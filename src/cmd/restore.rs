@@ -326,7 +326,8 @@ fn check_same(backup: &Backup) -> Result<()> {
     Ok(())
 }
 
-async fn present(backup: &Backup, installed: &Installed) -> Result<Present> {
+/// What each service has now.
+pub async fn serving(installed: &Installed) -> Result<BTreeMap<Name, Serving>> {
     let docker = Docker::connect().await?;
     let mut services = BTreeMap::new();
     for service in &installed.lock.services {
@@ -339,8 +340,13 @@ async fn present(backup: &Backup, installed: &Installed) -> Result<Present> {
             true => Some(pointer::read(name)?.slot()),
             false => None,
         };
-        services.insert(name.clone(), Serving { active, state: State::read(name)?, containers });
+        let serving = Serving { adopted: true, active, state: State::read(name)?, containers };
+        services.insert(name.clone(), serving);
     }
+    Ok(services)
+}
+
+async fn present(backup: &Backup, installed: &Installed) -> Result<Present> {
     let lost = |path: &str| !Path::new("/").join(path).exists();
     let files = || backup.index.files.iter().map(|e| e.path.as_str());
     let secret = |path: &str| {
@@ -350,7 +356,7 @@ async fn present(backup: &Backup, installed: &Installed) -> Result<Present> {
     };
     let reports = &paths::REPORTS[1..];
     Ok(Present {
-        services,
+        services: serving(installed).await?,
         secrets_lost: files().any(|path| secret(path) && lost(path)),
         signing_key_lost: !Path::new(paths::SIGNING_KEY).exists(),
         reports_lost: files().filter(|p| p.starts_with(reports) && lost(p)).map(str::to_owned).collect(),

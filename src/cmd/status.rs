@@ -11,13 +11,13 @@ use serde::Serialize;
 
 use super::backup::{self, Last};
 use crate::backup::Settings;
-use crate::bundle::manifest::{Door, Engine, ImageRef, LongLived, Service, Sessions};
+use crate::bundle::manifest::{Door, Engine, ImageRef, LongLived, Product, Service, Sessions};
 use crate::error::{At, Code, Error, OrCode, Result};
 use crate::facts;
 use crate::host::config::Installed;
 use crate::host::docker::{self, Docker, Found};
 use crate::host::lock::HostLock;
-use crate::host::{consul, nginx, nomad, packages, paths, systemd};
+use crate::host::{consul, nginx, nomad, packages, paths, stores, systemd};
 use crate::ids::{Name, Slot};
 use crate::plan;
 use crate::plan::backup::{SERVICE, TIMER};
@@ -159,8 +159,15 @@ pub async fn gather(installed: &Installed) -> Result<Report> {
     };
     let mut services = Vec::new();
     if nomad_engine {
-        for answer in [consul::version().await, nomad::version().await] {
-            drift.extend(answer.err().map(Drift::from));
+        let broken = stores::diagnose(installed).await?;
+        drift.extend(broken.iter().map(|broken| Drift::new(broken.what(), broken.cure())));
+        for (product, answer) in
+            [(Product::Consul, consul::version().await), (Product::Nomad, nomad::version().await)]
+        {
+            // Of one with a broken store there is no more to say.
+            if !broken.iter().any(|broken| broken.product == product) {
+                drift.extend(answer.err().map(Drift::from));
+            }
         }
         for service in &installed.lock.services {
             drift.extend(stack_drift(installed, service).await);

@@ -216,6 +216,7 @@ async fn carry_out(
     {
         findings.extend(preflight::firewall(&facts, &installed.lock));
     }
+    findings.extend(preflight::stores(from).await?);
     findings.extend(planner::obstacles(&from.lock, &installed.lock, &packages));
     // An earlier generation is gone back to on purpose.
     findings.retain(|f| target.bundle.is_some() || ![planner::SEQUENCE, planner::DROPPED].contains(&f.name));

@@ -1,5 +1,6 @@
 //! Files, durably: temp file, fsync, rename, fsync of the folder.
 
+use std::ffi::OsStr;
 use std::fs::{self, File, Permissions};
 use std::io::Write;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, fchown, symlink};
@@ -8,7 +9,7 @@ use std::path::Path;
 use cap_std::fs::{Dir, OpenOptions, OpenOptionsExt};
 
 use super::{exec, paths};
-use crate::error::{At, Code, Result};
+use crate::error::{At, Code, OrCode, Result};
 
 /// Name of a file whose bytes are not all there yet.
 pub const UNFINISHED: &str = ".zd-unfinished";
@@ -152,6 +153,16 @@ pub async fn copy_tree(from: &Path, to: &Path) -> Result<()> {
     exec::run(&["sync", "-f", target.as_ref()]).await?;
     fs::rename(&partial, to).at(to)?;
     sync_dir(parent(to))
+}
+
+/// Detaches whatever is mounted beneath a path (umount(8), `--lazy`): those who have it mounted elsewhere keep it.
+pub async fn unmount_beneath(path: &Path) -> Result<()> {
+    let mounts = procfs::process::Process::myself().and_then(|own| own.mountinfo());
+    let mounts = mounts.or_code(Code::Io, "/proc/self/mountinfo")?;
+    for mount in mounts.into_iter().rev().filter(|mount| mount.mount_point.starts_with(path)) {
+        exec::run(&[OsStr::new("umount"), OsStr::new("--lazy"), mount.mount_point.as_os_str()]).await?;
+    }
+    Ok(())
 }
 
 /// Removes a folder if it is empty; a folder with something in it stays.

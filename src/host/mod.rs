@@ -19,6 +19,7 @@ pub mod registry;
 mod replay;
 pub mod secrets;
 pub mod signing;
+pub mod stores;
 pub mod systemd;
 pub mod unix_diag;
 
@@ -37,6 +38,8 @@ use crate::ui::Ui;
 /// What carrying out a step needs besides the step itself.
 pub struct Host<'a> {
     pub ui: &'a Ui,
+    /// What switches that a step makes are recorded as.
+    pub verb: &'static str,
     /// Present while a bundle is being applied.
     pub bundle: Option<&'a Bundle>,
     /// Present while a backup is being put back.
@@ -49,7 +52,7 @@ pub struct Host<'a> {
 
 impl<'a> Host<'a> {
     pub fn new(ui: &'a Ui) -> Self {
-        Self { ui, bundle: None, backup: None, watch: None, coming: None }
+        Self { ui, verb: "restore", bundle: None, backup: None, watch: None, coming: None }
     }
 
     /// An image that is carried, by `name:version`, or by `name@digest` where another has that version.

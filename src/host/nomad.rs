@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::api::Api;
 use super::secrets::{self, Token};
-use super::{exec, fs, paths, systemd, until};
+use super::{exec, fs, paths, stores, systemd, until};
 use crate::error::{Code, OrCode, Result};
 use crate::ids::{Name, Slot};
 
@@ -61,7 +61,7 @@ pub async fn knows_token() -> Result<bool> {
 
 /// Puts a snapshot back. A Nomad that has just begun is entered by a first token, which the snapshot forgets.
 pub async fn restore(snapshot: &[u8]) -> Result<()> {
-    let enter = async || bootstrap(&Api::nomad(None)?, reset).await;
+    let enter = async || bootstrap(&Api::nomad(None)?, None, reset).await;
     let first = systemd::until_serving(UNIT, READY, EVERY, enter).await?;
     Api::nomad(Some(first))?.upload(SNAPSHOT, snapshot).await?;
     let unknown = || Code::Stack.err("Nomad does not know the token of the backup").cure("zd logs nomad");
@@ -73,21 +73,68 @@ fn reset(index: &str) -> Result<()> {
     fs::write(&file, index.as_bytes(), 0o600, None)
 }
 
+/// A server that begins anew gets the token that there was, and its client the ids.
+pub async fn begin_anew() -> Result<()> {
+    let known = secrets::token(Token::NomadManagement).ok();
+    let enter = async || {
+        let api = Api::nomad(known.clone())?;
+        // The server is the one before where only its client begins anew.
+        if known.is_some() && api.tells_token().await? {
+            return Ok(known.clone().unwrap_or_default());
+        }
+        bootstrap(&Api::nomad(None)?, known.as_deref(), reset).await
+    };
+    let secret = systemd::until_serving(UNIT, READY, EVERY, enter).await?;
+    secrets::keep(Token::NomadManagement, &secret)?;
+    set_up().await
+}
+
+/// Copies the ids by which servers know this host's client. Without them it is another node, and the containers that run
+/// are nobody's.
+fn keep_ids() -> Result<()> {
+    copy_ids(&stores::nomad_client(), Path::new(paths::NOMAD_IDS))
+}
+
+/// Puts back those that are lost.
+pub fn put_back_ids() -> Result<()> {
+    let client = stores::nomad_client();
+    let lost =
+        |name: &&str| !matches!(fs::read_if_any(&client.join(name)), Ok(Some(id)) if stores::is_id(&id));
+    match stores::NOMAD_IDS.iter().any(lost) && Path::new(paths::NOMAD_IDS).is_dir() {
+        true => copy_ids(Path::new(paths::NOMAD_IDS), &client),
+        false => Ok(()),
+    }
+}
+
+fn copy_ids(from: &Path, to: &Path) -> Result<()> {
+    if !to.is_dir() {
+        fs::make_dir(to, 0o700, None)?;
+    }
+    for name in stores::NOMAD_IDS {
+        let (id, to) = (fs::read_if_any(&from.join(name))?.unwrap_or_default(), to.join(name));
+        if stores::is_id(&id) && fs::read_if_any(&to)?.as_ref() != Some(&id) {
+            fs::write(&to, &id, 0o600, None)?;
+        }
+    }
+    Ok(())
+}
+
 /// Waits for the leader, takes the ACL's first token, waits for the node and its docker driver.
 pub async fn set_up() -> Result<()> {
     if secrets::token(Token::NomadManagement).is_err() {
-        let secret =
-            systemd::until_serving(UNIT, READY, EVERY, async || bootstrap(&Api::nomad(None)?, reset).await)
-                .await?;
+        let enter = async || bootstrap(&Api::nomad(None)?, None, reset).await;
+        let secret = systemd::until_serving(UNIT, READY, EVERY, enter).await?;
         secrets::keep(Token::NomadManagement, &secret)?;
     }
-    systemd::until_serving(UNIT, READY, EVERY, async || version().await.map(drop)).await
+    systemd::until_serving(UNIT, READY, EVERY, async || version().await.map(drop)).await?;
+    keep_ids()
 }
 
-/// Nomad names the first token itself. A run that was killed between its answer and our file has lost it:
+/// Nomad names the first token itself, unless it is given one (which Nomad takes since 1.5). A run that was killed between its answer and our file has lost it:
 /// then the way that Nomad provides is taken (a file with the reset index, see "Reset ACL bootstrap").
-async fn bootstrap(api: &Api, reset: impl FnOnce(&str) -> Result<()>) -> Result<String> {
-    let reply = api.send(Method::PUT, "/v1/acl/bootstrap", None::<&()>).await?;
+async fn bootstrap(api: &Api, known: Option<&str>, reset: impl FnOnce(&str) -> Result<()>) -> Result<String> {
+    let body = known.map(|secret| json!({ "BootstrapSecret": secret }));
+    let reply = api.send(Method::PUT, "/v1/acl/bootstrap", body.as_ref()).await?;
     if reply.status.is_success() {
         let token: Value = serde_json::from_str(&reply.body).or_code(Code::Stack, "Nomad's first token")?;
         let secret = token["SecretID"].as_str().ok_or_else(|| Code::Stack.err("Nomad's token is empty"))?;
@@ -368,9 +415,9 @@ mod tests {
         let replay = Replay::of(&["nomad-bootstrap-no-leader", "nomad-bootstrap"]).await;
         let api = replay.api(NOMAD, None);
         let reset = |index: &str| panic!("reset to {index}");
-        let e = bootstrap(&api, reset).await.unwrap_err();
+        let e = bootstrap(&api, None, reset).await.unwrap_err();
         assert!(e.what.ends_with("500 Internal Server Error: No cluster leader"), "{}", e.what);
-        assert_eq!(bootstrap(&api, reset).await.unwrap(), "00000000-0000-4000-8000-000000000007");
+        assert_eq!(bootstrap(&api, None, reset).await.unwrap(), "00000000-0000-4000-8000-000000000007");
     }
 
     #[tokio::test]
@@ -382,10 +429,10 @@ mod tests {
             written = index.to_owned();
             Ok(())
         };
-        assert!(bootstrap(&api, reset).await.is_err());
+        assert!(bootstrap(&api, None, reset).await.is_err());
         assert_eq!(written, "8");
         let unused = |_: &str| panic!("reset again");
-        assert_eq!(bootstrap(&api, unused).await.unwrap(), "00000000-0000-4000-8000-000000000006");
+        assert_eq!(bootstrap(&api, None, unused).await.unwrap(), "00000000-0000-4000-8000-000000000006");
     }
 
     #[tokio::test]
@@ -555,7 +602,7 @@ mod tests {
         assert_eq!(snapshot[..2], [0x1f, 0x8b], "gzip");
         // A Nomad that has just begun is entered by a first token, which the snapshot forgets.
         let reset = |index: &str| panic!("reset to {index}");
-        let first = bootstrap(&replay.api(NOMAD, None), reset).await.unwrap();
+        let first = bootstrap(&replay.api(NOMAD, None), None, reset).await.unwrap();
         assert!(!api.knows_token().await);
         assert_eq!(snapshot, replay.next_bytes());
         api.with(&first).upload(SNAPSHOT, &snapshot).await.unwrap();

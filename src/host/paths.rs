@@ -29,6 +29,8 @@ pub const SIGNING: &str = "/etc/zd/signing";
 pub const SIGNING_KEY: &str = "/etc/zd/signing/host.key";
 pub const SIGNING_PUB: &str = "/etc/zd/signing/host.pub";
 pub const DOCKER_AUTH: &str = "/etc/zd/secrets/docker-auth.json";
+/// Copies of the ids by which Nomad's servers know this host's client.
+pub const NOMAD_IDS: &str = "/etc/zd/secrets/nomad-ids";
 pub const NOMAD_CERT: &str = "/etc/zd/tls/nomad.crt";
 pub const NOMAD_KEY: &str = "/etc/zd/tls/nomad.key";
 pub const CONSUL_ETC: &str = "/etc/zd/consul.d";
@@ -50,6 +52,8 @@ pub const POOLS: &str = "/var/lib/zd/pools";
 pub const SERVICES: &str = "/var/lib/zd/services";
 /// Data of daemons from before an upgrade, for as long as it may still go back.
 pub const BEFORE: &str = "/var/lib/zd/before";
+/// Stores that were broken and begun anew, as they were.
+pub const ASIDE: &str = "/var/lib/zd/aside";
 /// The last backup that came to its end.
 pub const LAST_BACKUP: &str = "/var/lib/zd/last-backup.json";
 pub const RECEIPTS: &str = "/var/lib/zd/receipts";

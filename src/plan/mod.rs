@@ -5,6 +5,7 @@ pub mod deploy;
 pub mod install;
 pub mod preflight;
 pub mod reconfigure;
+pub mod repair;
 pub mod restore;
 pub mod scale;
 pub mod slot;
@@ -185,6 +186,12 @@ pub enum Step {
         port: u16,
         open: bool,
     },
+    /// Stores of Consul or Nomad put aside and begun anew, with the tokens and the node id that there were.
+    Rebuild {
+        product: Product,
+        stores: Vec<PathBuf>,
+        aside: PathBuf,
+    },
     /// What Consul or Nomad held, out of its snapshot in a backup, where it does not know the tokens of then.
     Snapshot {
         product: Product,
@@ -329,6 +336,7 @@ impl Step {
             Step::Firewall { kind, port, open: true } => format!("{} lets tcp {port} in", kind.name()),
             Step::Firewall { kind, port, .. } => format!("{} no longer lets tcp {port} in", kind.name()),
             Step::Restored(restored) => format!("{} from the backup", restored.what),
+            Step::Rebuild { product, .. } => format!("stores of {product} begun anew"),
             Step::Snapshot { product } => format!("state of {product} from the backup"),
             Step::RestoredLog => "audit log from the backup".into(),
             Step::Switched { service, slot } => format!("all traffic of {service} goes to {slot}"),

@@ -13,7 +13,7 @@ use crate::bundle::manifest::{CONSUL_HTTPS, Engine, Service};
 use crate::error::{Code, Error, Result};
 use crate::facts::{Cgroup, Facts, Listener, space};
 use crate::host::config::Installed;
-use crate::host::paths;
+use crate::host::{paths, stores};
 use crate::plan::slot;
 
 /// Memory that dockerd, the registry and nginx need beside the services.
@@ -100,6 +100,12 @@ pub fn host(facts: &Facts) -> Vec<Finding> {
         ),
     });
     found
+}
+
+/// Stores of the installed engine that are broken: an install or an upgrade would wait for an agent that cannot start.
+pub async fn stores(installed: &Installed) -> Result<Vec<Finding>> {
+    let broken = stores::diagnose(installed).await?;
+    Ok(broken.iter().map(|broken| Finding::bad("store", broken.what(), broken.cure())).collect())
 }
 
 /// What a bundle needs of this host.

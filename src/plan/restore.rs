@@ -26,6 +26,8 @@ pub struct Present {
 }
 
 pub struct Serving {
+    /// The engine knows the containers as its own.
+    pub adopted: bool,
     /// None where the pointer is gone.
     pub active: Option<Slot>,
     pub state: State,
@@ -89,15 +91,15 @@ pub fn plan(inputs: &Inputs, present: &Present) -> Result<Plan> {
 }
 
 /// From what a service's slots hold to what they shall hold.
-struct Way<'a> {
-    installed: &'a Installed,
-    service: &'a Service,
-    now: &'a Serving,
-    steps: Vec<Step>,
+pub(super) struct Way<'a> {
+    pub(super) installed: &'a Installed,
+    pub(super) service: &'a Service,
+    pub(super) now: &'a Serving,
+    pub(super) steps: Vec<Step>,
 }
 
 impl Way<'_> {
-    fn go(&mut self, active: Slot, saved: &State) -> Result<()> {
+    pub(super) fn go(&mut self, active: Slot, saved: &State) -> Result<()> {
         let name = &self.service.name;
         let of = |slot| {
             saved
@@ -151,7 +153,7 @@ impl Way<'_> {
         let reference = ImageRef { name: self.service.image.clone(), version: wanted.version.clone() };
         let mut all = slots::containers(self.installed, self.service, slot, &reference, &wanted.digest)
             .take(usize::from(self.before()));
-        all.all(|wanted| instance(found, wanted.instance).is_some_and(|c| c.is(&wanted)))
+        self.now.adopted && all.all(|wanted| instance(found, wanted.instance).is_some_and(|c| c.is(&wanted)))
     }
 
     fn fill(&mut self, slot: Slot, wanted: &Filled) -> Result<()> {
@@ -237,7 +239,7 @@ mod tests {
             .collect()
         };
         let containers = holds.iter().map(|(slot, v)| (*slot, found(*slot, v))).collect();
-        let now = Serving { active: Some(active), state: state(known), containers };
+        let now = Serving { adopted: true, active: Some(active), state: state(known), containers };
         let mut way = Way { installed: &installed, service, now: &now, steps: Vec::new() };
         way.go(Slot::Blue, &state(&SAVED)).unwrap();
         let title = |s: &Step| match s {

@@ -1,0 +1,104 @@
+//! The plan that begins broken stores of Consul and Nomad anew and brings back what belongs in them. zd knows all of it:
+//! tokens, keys, jobs, pools, pointers. What serves stays where Nomad takes it over again; else each slot is filled anew
+//! while the other serves.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use jiff::Timestamp;
+
+use super::install::Builder;
+use super::restore::{Serving, Way};
+use super::{Keep, Plan, Standing, Step, slot as slots};
+use crate::bundle::manifest::Product;
+use crate::error::{Code, Result};
+use crate::host::config::Installed;
+use crate::host::paths;
+use crate::host::stores::Broken;
+use crate::ids::Name;
+
+/// What is begun anew.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Rebuild {
+    Consul,
+    /// What Nomad's client remembers; its server tells it all of that again.
+    NomadClient,
+    /// Nomad's server, and with it its client: allocations have other ids afterwards.
+    Nomad,
+}
+
+impl Rebuild {
+    pub fn of(broken: &Broken) -> Self {
+        match broken.product {
+            Product::Nomad if broken.is_of_nomads_client() => Self::NomadClient,
+            Product::Nomad => Self::Nomad,
+            Product::Consul | Product::ConsulTemplate => Self::Consul,
+        }
+    }
+
+    pub fn product(self) -> Product {
+        match self {
+            Self::Consul => Product::Consul,
+            Self::NomadClient | Self::Nomad => Product::Nomad,
+        }
+    }
+
+    /// Files and folders that are put aside. Not the ids of nodes, nor the services that Consul's agent registers again
+    /// by itself.
+    fn stores(self) -> Vec<PathBuf> {
+        let (folder, names): (&str, &[&str]) = match self {
+            Self::Consul => {
+                (paths::CONSUL_DATA, &["raft", "serf", "server_metadata.json", "acl-tokens.json"])
+            }
+            Self::NomadClient => (paths::NOMAD_DATA, &["client/state.db"]),
+            Self::Nomad => (paths::NOMAD_DATA, &["server", "client/state.db", "alloc", "alloc_mounts"]),
+        };
+        names.iter().map(|name| Path::new(folder).join(name)).collect()
+    }
+}
+
+/// `broken` are put aside beside what [`Rebuild`] says; `now` is the time that folders aside are named by.
+pub fn plan(
+    installed: &Installed,
+    rebuild: &[Rebuild],
+    broken: &[Broken],
+    serving: &BTreeMap<Name, Serving>,
+    standing: Vec<Standing>,
+    now: Timestamp,
+) -> Result<Plan> {
+    let mut plan = Builder::default();
+    plan.push(Step::Dir { path: paths::ASIDE.into(), mode: 0o700, owner: None, keep: Keep::Ours });
+    for rebuild in rebuild {
+        let product = rebuild.product();
+        let mut stores = rebuild.stores();
+        for broken in broken.iter().filter(|b| b.product == product) {
+            if !stores.iter().any(|store| broken.path.starts_with(store)) {
+                stores.push(broken.path.clone());
+            }
+        }
+        let aside = Path::new(paths::ASIDE).join(format!("{product}-{}", now.strftime("%Y%m%dT%H%M%SZ")));
+        plan.push(Step::Rebuild { product, stores, aside });
+    }
+    for service in &installed.lock.services {
+        let name = &service.name;
+        if rebuild.contains(&Rebuild::Nomad) {
+            let now = serving.get(name).ok_or_else(|| Code::Bug.err(format!("nobody looked at {name}")))?;
+            let active = now.active.ok_or_else(|| {
+                Code::Io
+                    .err(format!("{name} has no pointer: what serves is not known"))
+                    .cure("zd restore of a backup brings it back")
+            })?;
+            let mut way = Way { installed, service, now, steps: Vec::new() };
+            way.go(active, &now.state)?;
+            plan.steps.append(&mut way.steps);
+        }
+        if rebuild.contains(&Rebuild::Consul) {
+            plan.push(slots::pools_key(installed, service));
+        }
+    }
+    if !rebuild.contains(&Rebuild::Nomad) && !standing.is_empty() {
+        plan.push(Step::Untouched { containers: standing });
+    }
+    let products: Vec<_> = rebuild.iter().map(|rebuild| rebuild.product().as_str()).collect();
+    Ok(Plan { verb: "repair", about: products.join(" and "), steps: plan.steps })
+}
