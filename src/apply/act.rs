@@ -224,6 +224,8 @@ async fn as_node_of(backup: &Backup) -> Result<()> {
 /// Half of the stores may be aside already, by a run that was killed.
 async fn rebuild(product: Product, stores: &[PathBuf], aside: &Path, installed: &Installed) -> Result<()> {
     let unit = format!("{product}.service");
+    // One that cannot read its store may wait out its time; nothing of it is worth writing down.
+    systemd::kill(&unit).await?;
     systemd::stop(&unit).await?;
     hostfs::make_dir(aside, 0o700, None)?;
     for store in stores.iter().filter(|store| store.exists()) {

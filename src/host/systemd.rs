@@ -118,6 +118,11 @@ pub async fn stop(unit: &str) -> Result<()> {
     exec::try_run(&["systemctl", "stop", unit]).await.map(drop)
 }
 
+/// Ends all processes of a unit at once, as a crash would.
+pub async fn kill(unit: &str) -> Result<()> {
+    exec::try_run(&["systemctl", "kill", "--signal=KILL", unit]).await.map(drop)
+}
+
 pub async fn disable(unit: &str) -> Result<()> {
     exec::try_run(&["systemctl", "disable", "--quiet", unit]).await.map(drop)
 }
