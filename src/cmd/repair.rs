@@ -1,7 +1,7 @@
 //! `zd repair`: stores of Consul and Nomad that are broken are begun anew, while the services serve.
 //! diagnose -> plan -> confirm -> apply.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -12,13 +12,15 @@ use super::{ChangeArgs, restore, upgrade};
 use crate::apply;
 use crate::audit::{self, Event};
 use crate::bundle::manifest::{Engine, Product};
-use crate::error::{Code, Result};
+use crate::error::{Code, OrCode, Result};
 use crate::host::config::Installed;
 use crate::host::lock::HostLock;
 use crate::host::stores::{self, Broken};
-use crate::host::{Host, paths};
+use crate::host::{Host, fs, nomad, paths};
+use crate::ids::Name;
 use crate::plan::Step;
-use crate::plan::repair::{self as planner, Rebuild};
+use crate::plan::repair::{self as planner, Goal, Rebuild};
+use crate::plan::restore::Serving;
 use crate::receipt::{self, Receipt};
 use crate::service::cluster;
 use crate::ui::Ui;
@@ -67,10 +69,9 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
     let rebuild = rebuild(&args.products, &broken, resumed.as_ref());
     let host = Host { verb: VERB, ..Host::new(ui) };
     let standing = upgrade::standing(&installed, &[]).await?;
-    let mut serving = restore::serving(&installed).await?;
-    // A server that begins anew has never heard of their allocations.
-    serving.values_mut().for_each(|service| service.adopted = false);
-    let plan = planner::plan(&installed, &rebuild, &broken, &serving, standing, Timestamp::now())?;
+    let serving = serving(&installed, &rebuild, resumed.is_some()).await?;
+    let goals = goals(&serving, resumed.is_some())?;
+    let plan = planner::plan(&installed, &rebuild, &broken, &goals, &serving, standing, Timestamp::now())?;
     if args.change.dry_run {
         let preview = apply::preview(&plan, &host).await?;
         ui.report(&preview, apply::Preview::text);
@@ -111,6 +112,47 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
     report.seconds = start.elapsed().as_secs_f64();
     ui.report(&report, text);
     Ok(())
+}
+
+/// What each service has now. A server of Nomad that begins anew has never heard of the allocations before it; one that an
+/// interrupted run has begun anew knows those of the slots that were filled since.
+async fn serving(
+    installed: &Installed,
+    rebuild: &[Rebuild],
+    resumed: bool,
+) -> Result<BTreeMap<Name, Serving>> {
+    let mut all = restore::serving(installed).await?;
+    if !rebuild.contains(&Rebuild::Nomad) {
+        return Ok(all);
+    }
+    for (name, service) in &mut all {
+        service.adopted.clear();
+        for (slot, containers) in service.containers.iter().filter(|_| resumed) {
+            let known = nomad::allocation_ids(&nomad::connect()?, &paths::job(name, *slot)).await;
+            let known = known.unwrap_or_default();
+            if !containers.is_empty() && containers.iter().all(|c| known.contains(&c.allocation)) {
+                service.adopted.insert(*slot);
+            }
+        }
+    }
+    Ok(all)
+}
+
+/// Where each service comes back to: where it is, or what an interrupted run found.
+fn goals(serving: &BTreeMap<Name, Serving>, resumed: bool) -> Result<BTreeMap<Name, Goal>> {
+    let path = planner::goals_file();
+    if let Some(bytes) = fs::read_if_any(&path)?.filter(|_| resumed) {
+        return serde_json::from_slice(&bytes).or_code(Code::Io, path.display());
+    }
+    let goal = |(name, service): (&Name, &Serving)| {
+        let active = service.active.ok_or_else(|| {
+            Code::Io
+                .err(format!("{name} has no pointer: what serves is not known"))
+                .cure("zd restore of a backup brings it back")
+        })?;
+        Ok((name.clone(), Goal { active, state: service.state.clone() }))
+    };
+    serving.iter().map(goal).collect()
 }
 
 /// What an interrupted run has begun goes on: by then its stores may look whole.

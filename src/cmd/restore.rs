@@ -340,7 +340,7 @@ pub async fn serving(installed: &Installed) -> Result<BTreeMap<Name, Serving>> {
             true => Some(pointer::read(name)?.slot()),
             false => None,
         };
-        let serving = Serving { adopted: true, active, state: State::read(name)?, containers };
+        let serving = Serving { adopted: Slot::BOTH.into(), active, state: State::read(name)?, containers };
         services.insert(name.clone(), serving);
     }
     Ok(services)

@@ -84,9 +84,9 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
     Ok(())
 }
 
-/// Of an install, a restore, an upgrade, the way back from one, another address, or timed backups (a service's own rollback is
+/// Of an install, a restore, a repair, an upgrade, the way back from one, another address, or timed backups (a service's own rollback is
 /// recorded as its deploy).
 fn changed_the_host(receipt: &Receipt) -> bool {
-    ["install", "restore", "upgrade", "rollback", "reconfigure", "backup"]
+    ["install", "restore", "upgrade", "rollback", "reconfigure", "repair", "backup"]
         .contains(&receipt.header.verb.as_str())
 }

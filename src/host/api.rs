@@ -71,6 +71,16 @@ impl Api {
         Self { client: self.client.clone(), server: self.server, token: Some(token.to_owned()) }
     }
 
+    /// Whether the server knows of a leader: both tell at the same path.
+    pub async fn has_leader(&self) -> Result<bool> {
+        const PATH: &str = "/v1/status/leader";
+        let reply = self.send(Method::GET, PATH, None::<&()>).await?;
+        if reply.body.contains("No cluster leader") {
+            return Ok(false);
+        }
+        Ok(self.success(PATH, reply)?.as_str().is_some_and(|leader| !leader.is_empty()))
+    }
+
     /// Whether the token that it is asked with is one: Consul and Nomad tell at the same path. Without a leader, or
     /// before their ACL has begun, they do not tell.
     pub async fn tells_token(&self) -> Result<bool> {

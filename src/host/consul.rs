@@ -251,7 +251,7 @@ pub async fn version() -> Result<String> {
 
 async fn version_of(api: &Api) -> Result<String> {
     // Asked first: until there is a leader no token is known.
-    if api.get("/v1/status/leader").await?.as_str().unwrap_or_default().is_empty() {
+    if !api.has_leader().await? {
         return Err(Code::Stack.err("Consul has no leader").cure("zd logs consul"));
     }
     let agent = api.get("/v1/agent/self").await?;

@@ -65,6 +65,9 @@ pub struct Found {
     pub version: String,
     pub digest: String,
     pub ip: String,
+    /// The allocation of Nomad that it is of; empty where Nomad did not start it.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub allocation: String,
 }
 
 impl Found {
@@ -182,6 +185,7 @@ impl Docker {
             restarts: info.restart_count.unwrap_or(0),
             version: label("zd.version"),
             digest: label("zd.digest"),
+            allocation: label("com.hashicorp.nomad.alloc_id"),
             ip: wanted.or(endpoint.ip_address).unwrap_or_default(),
         }))
     }

@@ -1,5 +1,6 @@
 //! Nomad: ACL, node, jobs, and why an allocation fails. HTTP API v1 on loopback.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::Duration;
 
@@ -295,6 +296,12 @@ async fn all_allocations(api: &Api, id: &str) -> Result<Vec<Value>> {
 async fn allocations(api: &Api, id: &str) -> Result<Vec<Value>> {
     let all = all_allocations(api, id).await?;
     Ok(all.into_iter().filter(|a| a["DesiredStatus"] == "run").collect())
+}
+
+/// Ids of the job's live allocations.
+pub async fn allocation_ids(api: &Api, id: &str) -> Result<BTreeSet<String>> {
+    let live = allocations(api, id).await?;
+    Ok(live.iter().filter_map(|a| a["ID"].as_str().map(str::to_owned)).collect())
 }
 
 /// Every allocation of the job has ended: containers of it that are still there are not Nomad's.

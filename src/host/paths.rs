@@ -30,7 +30,7 @@ pub const SIGNING_KEY: &str = "/etc/zd/signing/host.key";
 pub const SIGNING_PUB: &str = "/etc/zd/signing/host.pub";
 pub const DOCKER_AUTH: &str = "/etc/zd/secrets/docker-auth.json";
 /// Copies of the ids by which Nomad's servers know this host's client.
-pub const NOMAD_IDS: &str = "/etc/zd/secrets/nomad-ids";
+pub const NOMAD_IDS: &str = "/etc/zd/nomad-ids";
 pub const NOMAD_CERT: &str = "/etc/zd/tls/nomad.crt";
 pub const NOMAD_KEY: &str = "/etc/zd/tls/nomad.key";
 pub const CONSUL_ETC: &str = "/etc/zd/consul.d";

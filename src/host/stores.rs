@@ -4,9 +4,11 @@
 use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+use super::api::Api;
 use super::{consul as consul_api, fs, nomad as nomad_api, paths};
 use crate::bundle::manifest::{Engine, Product};
 use crate::error::{At, Result};
@@ -18,6 +20,9 @@ const BOLT_MAGIC: u32 = 0xED0C_DAED;
 const BOLT_VERSION: u32 = 2;
 /// Bytes of a meta that its checksum, which follows them, covers.
 const BOLT_SUMMED: usize = 56;
+/// A single server elects itself in this time.
+const ELECTS: Duration = Duration::from_secs(8);
+const EVERY: Duration = Duration::from_millis(250);
 /// Names of the files by which Nomad's servers know a client again.
 pub const NOMAD_IDS: [&str; 2] = ["client-id", "secret-id"];
 
@@ -67,21 +72,38 @@ pub async fn diagnose(installed: &Installed) -> Result<Vec<Broken>> {
     if installed.lock.engine == Engine::Docker {
         return Ok(found);
     }
-    let raft = [
-        (Product::Consul, paths::CONSUL_DATA, "raft/raft.db"),
-        (Product::Nomad, paths::NOMAD_DATA, "server/raft/raft.db"),
-    ];
-    for (product, data, store) in raft {
-        let knows = match product {
-            Product::Consul => consul_api::knows_tokens().await,
-            _ => nomad_api::knows_token().await,
+    for product in [Product::Consul, Product::Nomad] {
+        let (store, knows, leads) = match product {
+            Product::Consul => {
+                let path = Path::new(paths::CONSUL_DATA).join("raft/raft.db");
+                (path, consul_api::knows_tokens().await, is_led(consul_api::zd()).await)
+            }
+            _ => {
+                let path = Path::new(paths::NOMAD_DATA).join("server/raft/raft.db");
+                (path, nomad_api::knows_token().await, is_led(nomad_api::connect()).await)
+            }
         };
-        if knows.is_ok_and(|knows| !knows) && !found.iter().any(|b| b.product == product) {
-            let why = "was begun anew: it does not know the tokens of zd".into();
-            found.push(Broken { product, path: Path::new(data).join(store), why });
+        let why = match (leads, knows) {
+            (Ok(false), _) => "elects no leader",
+            (_, Ok(false)) => "was begun anew: it does not know the tokens of zd",
+            _ => continue,
+        };
+        if !found.iter().any(|b| b.product == product) {
+            found.push(Broken { product, path: store, why: why.into() });
         }
     }
     Ok(found)
+}
+
+/// Whether a server that answers has a leader, or gets one in the time that this takes: itself, for it is the only one.
+async fn is_led(api: Result<Api>) -> Result<bool> {
+    let (api, start) = (api?, Instant::now());
+    loop {
+        match api.has_leader().await {
+            Ok(false) if start.elapsed() < ELECTS => tokio::time::sleep(EVERY).await,
+            other => return other,
+        }
+    }
 }
 
 pub fn consul(data: &Path) -> Result<Vec<Broken>> {

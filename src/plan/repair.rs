@@ -6,16 +6,18 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
 
 use super::install::Builder;
 use super::restore::{Serving, Way};
 use super::{Keep, Plan, Standing, Step, slot as slots};
 use crate::bundle::manifest::Product;
-use crate::error::{Code, Result};
+use crate::error::{Code, OrCode, Result};
 use crate::host::config::Installed;
 use crate::host::paths;
 use crate::host::stores::Broken;
-use crate::ids::Name;
+use crate::ids::{Name, Slot};
+use crate::service::state::State;
 
 /// What is begun anew.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -57,17 +59,32 @@ impl Rebuild {
     }
 }
 
+/// What a service is to come back to: a run that is gone on with finds other slots filled, and another one active.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Goal {
+    pub active: Slot,
+    pub state: State,
+}
+
+/// Where the goals stand while a repair goes on.
+pub fn goals_file() -> PathBuf {
+    Path::new(paths::ASIDE).join("goals.json")
+}
+
 /// `broken` are put aside beside what [`Rebuild`] says; `now` is the time that folders aside are named by.
 pub fn plan(
     installed: &Installed,
     rebuild: &[Rebuild],
     broken: &[Broken],
+    goals: &BTreeMap<Name, Goal>,
     serving: &BTreeMap<Name, Serving>,
     standing: Vec<Standing>,
     now: Timestamp,
 ) -> Result<Plan> {
     let mut plan = Builder::default();
     plan.push(Step::Dir { path: paths::ASIDE.into(), mode: 0o700, owner: None, keep: Keep::Ours });
+    let text = serde_json::to_string_pretty(goals).or_code(Code::Bug, "writing goals")?;
+    plan.file(goals_file(), format!("{text}\n"));
     for rebuild in rebuild {
         let product = rebuild.product();
         let mut stores = rebuild.stores();
@@ -82,14 +99,10 @@ pub fn plan(
     for service in &installed.lock.services {
         let name = &service.name;
         if rebuild.contains(&Rebuild::Nomad) {
-            let now = serving.get(name).ok_or_else(|| Code::Bug.err(format!("nobody looked at {name}")))?;
-            let active = now.active.ok_or_else(|| {
-                Code::Io
-                    .err(format!("{name} has no pointer: what serves is not known"))
-                    .cure("zd restore of a backup brings it back")
-            })?;
+            let both = serving.get(name).zip(goals.get(name));
+            let (now, goal) = both.ok_or_else(|| Code::Bug.err(format!("nobody looked at {name}")))?;
             let mut way = Way { installed, service, now, steps: Vec::new() };
-            way.go(active, &now.state)?;
+            way.go(goal.active, &goal.state)?;
             plan.steps.append(&mut way.steps);
         }
         if rebuild.contains(&Rebuild::Consul) {

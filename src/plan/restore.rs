@@ -2,7 +2,7 @@
 //! secrets and state out of the backup (`install::plan`); here something serves, and goes on serving: a slot
 //! is filled only while it is the standby, and the pointer moves by the gate.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::install::{Builder, Inputs};
 use super::{Plan, Step, scale, slot as slots};
@@ -26,8 +26,8 @@ pub struct Present {
 }
 
 pub struct Serving {
-    /// The engine knows the containers as its own.
-    pub adopted: bool,
+    /// Slots whose containers the engine knows as its own.
+    pub adopted: BTreeSet<Slot>,
     /// None where the pointer is gone.
     pub active: Option<Slot>,
     pub state: State,
@@ -153,7 +153,8 @@ impl Way<'_> {
         let reference = ImageRef { name: self.service.image.clone(), version: wanted.version.clone() };
         let mut all = slots::containers(self.installed, self.service, slot, &reference, &wanted.digest)
             .take(usize::from(self.before()));
-        self.now.adopted && all.all(|wanted| instance(found, wanted.instance).is_some_and(|c| c.is(&wanted)))
+        self.now.adopted.contains(&slot)
+            && all.all(|wanted| instance(found, wanted.instance).is_some_and(|c| c.is(&wanted)))
     }
 
     fn fill(&mut self, slot: Slot, wanted: &Filled) -> Result<()> {
@@ -235,11 +236,13 @@ mod tests {
                 version: c.version.to_string(),
                 digest: c.digest.to_string(),
                 ip: c.ip.to_string(),
+                allocation: String::new(),
             })
             .collect()
         };
         let containers = holds.iter().map(|(slot, v)| (*slot, found(*slot, v))).collect();
-        let now = Serving { adopted: true, active: Some(active), state: state(known), containers };
+        let now =
+            Serving { adopted: Slot::BOTH.into(), active: Some(active), state: state(known), containers };
         let mut way = Way { installed: &installed, service, now: &now, steps: Vec::new() };
         way.go(Slot::Blue, &state(&SAVED)).unwrap();
         let title = |s: &Step| match s {

@@ -154,6 +154,8 @@ fn comparable(picture: &str) -> String {
         ".job.json",
         "/etc/zd/consul.d/consul.json",
         "/etc/zd/nomad.d/nomad.json",
+        "/etc/zd/consul.d/tls.",
+        "/etc/zd/nomad-ids/",
         "/etc/zd/secrets/",
         "/var/lib/zd/consul/",
         "/var/lib/zd/nomad/",

@@ -8,6 +8,7 @@ mod another_bundle;
 mod backup;
 mod bad_hosts;
 mod crash;
+mod engine;
 mod firewall;
 mod install;
 mod journal;
