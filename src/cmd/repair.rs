@@ -105,10 +105,11 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
             }
         };
         event("done", detail)?;
-        cluster::tell_all(&installed, ui).await?;
         report.aside = plan.steps.iter().filter_map(aside).filter(|path| path.is_dir()).collect();
         (report.changed, report.same, report.steps) = (summary.done.len(), summary.same, summary.done);
     }
+    // Also where a run was killed behind the end of its receipt.
+    cluster::tell_all(&installed, ui).await?;
     report.seconds = start.elapsed().as_secs_f64();
     ui.report(&report, text);
     Ok(())
