@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::Duration;
 
-use reqwest::Method;
+use reqwest::{Method, StatusCode};
 use serde_json::{Value, json};
 
 use super::api::Api;
@@ -66,7 +66,19 @@ pub async fn restore(snapshot: &[u8]) -> Result<()> {
     let first = systemd::until_serving(UNIT, READY, EVERY, enter).await?;
     Api::nomad(Some(first))?.upload(SNAPSHOT, snapshot).await?;
     let unknown = || Code::Stack.err("Nomad does not know the token of the backup").cure("zd logs nomad");
-    until(READY, EVERY, async || knows_token().await?.then_some(()).ok_or_else(unknown)).await
+    until(READY, EVERY, async || knows_token().await?.then_some(()).ok_or_else(unknown)).await?;
+    renew_root_key(&connect()?).await
+}
+
+/// Nomad signs the identity of each allocation, and places none without its root key, which no snapshot has. Before Nomad
+/// 1.4 there is no such key.
+async fn renew_root_key(api: &Api) -> Result<()> {
+    const PATH: &str = "/v1/operator/keyring/rotate";
+    let reply = api.send(Method::PUT, PATH, None::<&()>).await?;
+    match reply.status {
+        StatusCode::NOT_FOUND => Ok(()),
+        _ => api.success(PATH, reply).map(drop),
+    }
 }
 
 fn reset(index: &str) -> Result<()> {

@@ -60,7 +60,9 @@ pub fn broken(installed: &Installed) -> Result<Vec<Broken>> {
         Engine::Docker => Ok(Vec::new()),
         Engine::Nomad => {
             let mut found = consul(Path::new(paths::CONSUL_DATA))?;
-            found.extend(nomad(Path::new(paths::NOMAD_DATA))?);
+            let data = Path::new(paths::NOMAD_DATA);
+            found.extend(nomad(data)?);
+            found.extend(lost_keys(data, installed)?);
             Ok(found)
         }
     }
@@ -139,6 +141,18 @@ pub fn nomad(data: &Path) -> Result<Vec<Broken>> {
         }
     }
     Ok(found.broken)
+}
+
+/// Nomad places nothing without its root key. From 1.4 to 1.8 that is a file; later it is in the store of Raft.
+fn lost_keys(data: &Path, installed: &Installed) -> Result<Option<Broken>> {
+    let nomad = installed.lock.release(Product::Nomad).map(|release| release.version.numbers());
+    let in_files = nomad.is_some_and(|(major, minor, _)| major == 1 && (4..=8).contains(&minor));
+    let keys = data.join("server/keystore");
+    let any = std::fs::read_dir(&keys).is_ok_and(|mut keys| keys.next().is_some());
+    if !in_files || any || is_empty(&data.join("server/raft/raft.db"))? {
+        return Ok(None);
+    }
+    Ok(Some(Broken { product: Product::Nomad, path: keys, why: "is empty or gone".into() }))
 }
 
 struct Found {
