@@ -31,9 +31,34 @@ fn a_packed_folder_verifies_from_itself() {
     }
     let beside = Outcome::of(isolated(site.path("stick/zd")).arg("verify").current_dir("/")).good();
     assert!(beside.stdout.contains("compare it with the one you were given"), "{}", beside.stdout);
-    let other = site.path("stick/zd");
+}
+
+#[test]
+fn a_bundle_is_named_by_its_folder_or_its_file() {
+    let site = Site::packed();
+    for verb in ["inspect", "verify"] {
+        let by = |path: &str| site.zd(&[verb, path, "--key", "zd.pub", "--json"]).good().json()["id"].take();
+        assert_eq!(by("stick"), by("stick/demo-1.zd.tar"), "{verb}");
+        // The key is the one beside the bundle, also where only the folder is named.
+        if !Path::new("/etc/zd/trust").exists() {
+            assert_eq!(site.zd(&[verb, "stick", "--json"]).good().json()["trust"], "first-use", "{verb}");
+        }
+    }
+    // What else is called so is no bundle: a folder, what macOS leaves on a stick.
+    fs::create_dir(site.path("stick/old.zd.tar")).unwrap();
+    site.write("stick/._demo-1.zd.tar", b"Mac OS X");
+    site.zd(&["verify", "stick", "--key", "zd.pub"]).good();
+
     fs::copy(site.bundle(), site.path("stick/demo-2.zd.tar")).unwrap();
-    Outcome::of(isolated(other).arg("verify")).refused(USAGE, &["2 bundles beside zd", "name the one"]);
+    let install = ["install", "stick", "--dry-run"];
+    let upgrade = ["upgrade", "stick", "--dry-run"];
+    for args in [&["inspect", "stick"][..], &["verify", "stick"], &install, &upgrade] {
+        site.zd(args).refused(USAGE, &["2 bundles in stick: demo-1.zd.tar, demo-2.zd.tar", "name the file"]);
+    }
+    let beside = Outcome::of(isolated(site.path("stick/zd")).arg("verify").current_dir("/"));
+    beside.refused(USAGE, &[&format!("2 bundles in {}: demo-1.zd.tar, demo-2.zd.tar", site.text("stick"))]);
+    fs::create_dir(site.path("hollow")).unwrap();
+    site.zd(&["verify", "hollow"]).refused(USAGE, &["no bundle (*.zd.tar) in hollow", "`zd pack` wrote"]);
 }
 
 #[test]

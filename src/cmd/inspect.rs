@@ -11,7 +11,9 @@ use crate::ui::Ui;
 
 /// Show what a bundle holds (its signature and lock are checked, the blobs are not: see verify)
 #[derive(clap::Args)]
-#[command(after_help = "Examples:\n  zd inspect demo-1.zd.tar\n  zd inspect --json | jq .lock.images")]
+#[command(
+    after_help = "Examples:\n  zd inspect demo-1.zd.tar\n  zd inspect demo-1\n  zd inspect --json | jq .lock.images"
+)]
 pub struct Args {
     #[command(flatten)]
     bundle: BundleArgs,

@@ -52,8 +52,8 @@ pub struct Args {
     /// Secret key of backups, as `zd keygen --backup` wrote it
     #[arg(long, value_name = "FILE")]
     identity: PathBuf,
-    /// For a bare host: the bundle that was installed; the one beside zd where not given
-    #[arg(long, value_name = "FILE")]
+    /// For a bare host: the bundle that was installed, its file or folder; the one beside zd where not given
+    #[arg(long, value_name = "PATH")]
     bundle: Option<PathBuf>,
     /// For a bare host: open the services' ports in its firewall
     #[arg(long)]

@@ -8,7 +8,7 @@ use serde::Serialize;
 use crate::bundle::Bundle;
 use crate::bundle::signature::Key;
 use crate::bundle::target::Target;
-use crate::error::{Code, Result};
+use crate::error::{At, Code, Result};
 use crate::host::paths;
 use crate::ids::Digest;
 use crate::ui::Ui;
@@ -16,7 +16,7 @@ use crate::ui::Ui;
 /// Check a bundle's signature and every byte of it
 #[derive(clap::Args)]
 #[command(after_help = "Examples:\n  ./zd verify                        the bundle beside zd\n  \
-                        zd verify demo-1.zd.tar --key zd.pub")]
+                        zd verify demo-1 --key zd.pub       the bundle in a folder")]
 pub struct Args {
     #[command(flatten)]
     pub bundle: BundleArgs,
@@ -25,7 +25,7 @@ pub struct Args {
 /// Which bundle, and whose signature counts.
 #[derive(clap::Args, Clone, Default)]
 pub struct BundleArgs {
-    /// The bundle; the one beside zd where not given
+    /// The bundle: its file, or the folder that holds it; the one beside zd where not given
     pub bundle: Option<PathBuf>,
     /// Public key to trust: a file, or the key's line. Else /etc/zd/trust/, else zd.pub beside the bundle
     #[arg(long, value_name = "FILE|KEY")]
@@ -51,23 +51,13 @@ impl BundleArgs {
     }
 
     fn path(&self) -> Result<PathBuf> {
-        if let Some(path) = &self.bundle {
-            return Ok(path.clone());
-        }
-        let dir =
-            std::env::current_exe().ok().and_then(|p| p.parent().map(Path::to_owned)).unwrap_or_default();
-        let mut found: Vec<PathBuf> = std::fs::read_dir(&dir)
-            .map(|entries| entries.flatten().map(|e| e.path()).collect())
-            .unwrap_or_default();
-        found.retain(|p| p.to_string_lossy().ends_with(".zd.tar"));
-        match found.as_slice() {
-            [one] => Ok(one.clone()),
-            [] => Err(Code::Usage
-                .err(format!("no bundle (*.zd.tar) beside zd in {}", dir.display()))
-                .cure("name the bundle's file")),
-            many => Err(Code::Usage
-                .err(format!("{} bundles beside zd in {}", many.len(), dir.display()))
-                .cure("name the one that is meant")),
+        match &self.bundle {
+            Some(path) if path.is_dir() => only_bundle(path),
+            Some(path) => Ok(path.clone()),
+            None => {
+                let zd = std::env::current_exe().at("the running zd")?;
+                only_bundle(zd.parent().unwrap_or(Path::new("/")))
+            }
         }
     }
 
@@ -102,6 +92,30 @@ impl BundleArgs {
         Err(Code::Signature
             .err("there is no public key to check the signature with")
             .cure("give it: --key zd.pub"))
+    }
+}
+
+/// The bundle in a folder that `pack` wrote.
+fn only_bundle(folder: &Path) -> Result<PathBuf> {
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(folder).at(folder)? {
+        let entry = entry.at(folder)?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        // macOS leaves `._NAME` beside each file on a stick.
+        if name.ends_with(".zd.tar") && !name.starts_with('.') && entry.path().is_file() {
+            names.push(name);
+        }
+    }
+    names.sort();
+    let dir = folder.display();
+    match names.as_slice() {
+        [one] => Ok(folder.join(one)),
+        [] => Err(Code::Usage
+            .err(format!("no bundle (*.zd.tar) in {dir}"))
+            .cure("name the bundle's file, or the folder that `zd pack` wrote")),
+        many => Err(Code::Usage
+            .err(format!("{} bundles in {dir}: {}", many.len(), many.join(", ")))
+            .cure("name the file of the one that is meant")),
     }
 }
 
