@@ -359,15 +359,15 @@ mod tests {
         let said = |head: &Head| check_signature(Some(head), &keys, true).unwrap_err().what;
         assert!(said(&head).ends_with("at record 3, is missing"), "{}", said(&head));
 
-        head.signature = Some(signer.sign(bytes.as_bytes(), OF_HOST, "record 3").unwrap());
+        head.signature = Some(signer.sign(bytes.as_bytes(), OF_HOST, "record 3"));
         let again: Head = serde_json::from_slice(&serde_json::to_vec(&head).unwrap()).unwrap();
         assert_eq!(check_signature(Some(&again), &keys, true).unwrap(), Some(keys[0].id()));
         head.seq = 4;
         assert!(said(&head).contains("is of another record"), "{}", said(&head));
-        head.signature = Some(other.sign(bytes.as_bytes(), OF_HOST, "record 3").unwrap());
+        head.signature = Some(other.sign(bytes.as_bytes(), OF_HOST, "record 3"));
         assert!(said(&head).contains(&other.key.id()), "{}", said(&head));
         // What the same key says of something else is no signature of a head.
-        head.signature = Some(signer.sign(bytes.as_bytes(), signature::OF_LOCK, "a lock").unwrap());
+        head.signature = Some(signer.sign(bytes.as_bytes(), signature::OF_LOCK, "a lock"));
         assert!(said(&head).contains("cannot be read"), "{}", said(&head));
         assert_eq!(check_signature(None, &[], true).unwrap(), None);
     }

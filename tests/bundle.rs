@@ -445,7 +445,7 @@ fn a_manifest_that_cannot_be_read_says_where() {
         (file.replace("path", "url"), &["file a: give url and sha256, or path"]),
         (file.replace("path = \"a\"", "url = \"http://h/\"\nsha256 = \"AB\""), &["file a: sha256 is not 64"]),
         (format!("{file}{file}"), &["file a is listed twice"]),
-        (image.into(), &["image hello:v1: give exactly one of docker, oci, docker-archive"]),
+        (image.into(), &["image hello:v1: give exactly one of docker, docker-archive, oci, registry"]),
         (format!("{image}oci = \"a\"\ndocker = \"b\"\n"), &["image hello:v1: give exactly one of"]),
         (image.replace("hello:v1", "Hello"), &["line 9, column 7", "is not name:version"]),
         (service.into(), &["service hello: no image hello:v1", "packages.docker is empty", "packages.nginx"]),

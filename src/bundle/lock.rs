@@ -70,6 +70,9 @@ pub struct Image {
     pub manifest: Digest,
     pub config: Digest,
     pub layers: Vec<Digest>,
+    /// The index that the manifest was taken out of, for one of its platforms; left out where there was none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub index: Option<Digest>,
     /// Bytes of the layers when unpacked by the engine.
     pub unpacked: u64,
 }

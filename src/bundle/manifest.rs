@@ -5,6 +5,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use oci_client::Reference;
 use serde::{Deserialize, Serialize};
 
 use crate::backup::Settings;
@@ -98,7 +99,7 @@ impl Packages {
     }
 }
 
-/// One image and where to take it from: exactly one of the three.
+/// One image and where to take it from: exactly one of the four.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct ImageSource {
@@ -111,6 +112,57 @@ pub struct ImageSource {
     pub oci: Option<PathBuf>,
     /// A tar made by `docker save`.
     pub docker_archive: Option<PathBuf>,
+    /// An image of a registry.
+    pub registry: Option<RegistryRef>,
+    /// With `registry`: certificates of CAs that sign for it, besides those that this machine trusts (PEM).
+    pub ca: Option<PathBuf>,
+    /// With `registry`: it speaks HTTP without TLS.
+    #[serde(default)]
+    pub plain_http: bool,
+}
+
+impl ImageSource {
+    fn problem(&self) -> Option<&'static str> {
+        let sources = [
+            self.docker.is_some(),
+            self.docker_archive.is_some(),
+            self.oci.is_some(),
+            self.registry.is_some(),
+        ];
+        if sources.iter().filter(|s| **s).count() != 1 {
+            return Some("give exactly one of docker, docker-archive, oci, registry");
+        }
+        match (&self.registry, &self.ca, self.plain_http) {
+            (None, Some(_), _) | (None, _, true) => Some("ca and plain-http belong to registry"),
+            (Some(_), Some(_), true) => Some("give ca or plain-http = true, not both"),
+            _ => None,
+        }
+    }
+}
+
+/// An image of a registry, named in full: `host[:port]/repository`, then `:tag` or `@sha256:…`.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(try_from = "String")]
+pub struct RegistryRef(pub Reference);
+
+impl TryFrom<String> for RegistryRef {
+    type Error = String;
+    fn try_from(s: String) -> Result<Self, String> {
+        let bad = |why: &str| format!("{s:?} {why}: expected host[:port]/repository:tag, or …@sha256:…");
+        let reference: Reference = s.parse().map_err(|e| bad(&format!("names no image ({e})")))?;
+        // What Docker would fill in: its own registry, and the tag that says nothing.
+        let host = s.split_once('/').map_or("", |(host, _)| host);
+        if !host.contains(['.', ':']) && host != "localhost" {
+            return Err(bad("names no registry"));
+        }
+        match (reference.digest(), reference.tag()) {
+            (Some(digest), _) if digest.parse::<Digest>().is_err() => {
+                Err(bad("has a digest of another kind"))
+            }
+            (None, Some(tag)) if !s.ends_with(&format!(":{tag}")) => Err(bad("names no tag and no digest")),
+            _ => Ok(Self(reference)),
+        }
+    }
 }
 
 /// `name:version`.
@@ -228,13 +280,7 @@ impl Manifest {
         }
         let mut refs = BTreeSet::new();
         for image in &self.images {
-            let sources = [image.docker.is_some(), image.oci.is_some(), image.docker_archive.is_some()];
-            if sources.iter().filter(|s| **s).count() != 1 {
-                found.push(format!(
-                    "image {}: give exactly one of docker, oci, docker-archive",
-                    image.reference
-                ));
-            }
+            found.extend(image.problem().map(|why| format!("image {}: {why}", image.reference)));
             if !refs.insert(&image.reference) {
                 found.push(format!("image {} is listed twice", image.reference));
             }
@@ -538,6 +584,32 @@ standby-listen = 8081
             service.contains("service hello: port 8081 is already taken by the HTTPS of Consul"),
             "{service}"
         );
+    }
+
+    #[test]
+    fn an_image_of_a_registry_is_named_in_full() {
+        let image = |keys: &str| Manifest::parse(&GOOD.replace("docker = \"hello:v1\"", keys));
+        let sum = format!("sha256:{}", "a".repeat(64));
+        for good in
+            ["harbor.plant:5000/eap/hello:1.4.2", "localhost/hello:v1", &format!("reg.example/h@{sum}")]
+        {
+            let images = image(&format!("registry = {good:?}\nca = \"ca.pem\"")).unwrap().images;
+            assert_eq!(images[0].registry.as_ref().unwrap().0.whole(), good);
+        }
+        for (bad, why) in [
+            ("registry = \"eap/hello:v1\"", "names no registry: expected host[:port]/repository:tag"),
+            ("registry = \"harbor.plant:5000/eap/hello\"", "names no tag and no digest"),
+            ("registry = \"reg.example/Hello:v1\"", "names no image"),
+            (&format!("registry = \"reg.example/h@sha512:{}\"", "a".repeat(128)), "digest of another kind"),
+            ("docker = \"h\"\nplain-http = true", "ca and plain-http belong to registry"),
+            (
+                "registry = \"reg.example/h:v1\"\nplain-http = true\nca = \"c\"",
+                "ca or plain-http = true, not both",
+            ),
+        ] {
+            let said = image(bad).unwrap_err().what;
+            assert!(said.contains(why), "{bad}: {said}");
+        }
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The bundle: what a manifest asks for, as one signed file (bundle/FORMAT.md). Knows no host.
 
 pub mod gzip;
+pub mod hashing;
 pub mod layout;
 pub mod lock;
 pub mod manifest;

@@ -6,7 +6,9 @@ use std::path::Path;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
-use minisign::{KeyPair, PublicKey, SecretKey, SecretKeyBox, SignatureBox};
+use blake2::{Blake2b512, Digest as _};
+use minisign::{KeyPair, PublicKey, SecretKeyBox, SignatureBox};
+use ring::signature::Ed25519KeyPair;
 
 use crate::error::{At, Code, OrCode, Result};
 use crate::ids::Digest;
@@ -86,7 +88,7 @@ fn no_secret_key(path: &Path) -> crate::error::Error {
 }
 
 pub struct Signer {
-    secret: SecretKey,
+    pair: Ed25519KeyPair,
     pub key: Key,
 }
 
@@ -105,14 +107,19 @@ impl Signer {
             boxed.into_unencrypted_secret_key().or_code(Code::Signature, &doing)?
         };
         let key = PublicKey::from_secret_key(&secret).or_code(Code::Signature, &doing)?;
-        Ok(Self { key: Key { line: key.to_base64(), key }, secret })
+        // The seed lies behind the key's number; the last 32 bytes of a public key are the key.
+        let (secret, public) = (secret.to_bytes(), key.to_bytes());
+        let pair = Ed25519KeyPair::from_seed_and_public_key(&secret[62..94], &public[10..]);
+        Ok(Self { key: Key { line: key.to_base64(), key }, pair: pair.or_code(Code::Signature, &doing)? })
     }
 
-    /// Signature file over `bytes`. `trusted` is signed with them and shown by minisign.
-    pub fn sign(&self, bytes: &[u8], of: &str, trusted: &str) -> Result<String> {
-        let signed =
-            minisign::sign(Some(&self.key.key), &self.secret, Cursor::new(bytes), Some(trusted), Some(of));
-        Ok(signed.or_code(Code::Bug, "signing")?.into_string())
+    /// Signature file over `bytes`. `trusted` is signed with them and shown by minisign. The same bytes get the same
+    /// signature (RFC 8032), as from the program minisign; the library of that name makes another each time.
+    pub fn sign(&self, bytes: &[u8], of: &str, trusted: &str) -> String {
+        let signature = self.pair.sign(&Blake2b512::digest(bytes));
+        let global = self.pair.sign(&[signature.as_ref(), trusted.as_bytes()].concat());
+        let line = BASE64.encode([b"ED", self.key.key.keynum(), signature.as_ref()].concat());
+        format!("untrusted comment: {of}\n{line}\ntrusted comment: {trusted}\n{}\n", BASE64.encode(global))
     }
 }
 

@@ -2,11 +2,10 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{BufWriter, Read, Write};
+use std::io::{self, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 
-use sha2::{Digest as _, Sha256};
-
+use super::hashing::Hashing;
 use super::layout::{self, HEAD, OCI_LAYOUT};
 use super::lock::Lock;
 use super::signature::{OF_LOCK, Signer};
@@ -25,22 +24,22 @@ pub fn write(
     let lock_bytes = lock.to_bytes();
     Lock::parse(&lock_bytes).map_err(|e| Code::Bug.err(format!("zd made a lock it would not read: {e}")))?;
     let trusted = format!("zd bundle {} for {}", lock.title(), lock.target);
-    let signature = signer.sign(&lock_bytes, OF_LOCK, &trusted)?;
+    let signature = signer.sign(&lock_bytes, OF_LOCK, &trusted);
     let index = layout::index_json(lock);
     let head: [&[u8]; 4] = [OCI_LAYOUT, &index, &lock_bytes, signature.as_bytes()];
 
     let dir = path.parent().unwrap_or(Path::new("."));
     let temp = tempfile::NamedTempFile::new_in(dir).at(dir)?;
     let file = temp.as_file().try_clone().at(dir)?;
-    let mut out = Hashing { file: BufWriter::with_capacity(1 << 20, file), sha: Sha256::new(), len: 0 };
+    let mut out = Hashing::new(BufWriter::with_capacity(1 << 20, file));
     for (name, content) in HEAD.into_iter().zip(head) {
-        out.put(&layout::header(name, content.len() as u64)).at(path)?;
-        out.put(content).at(path)?;
-        out.pad(content.len() as u64).at(path)?;
+        out.write_all(&layout::header(name, content.len() as u64)).at(path)?;
+        out.write_all(content).at(path)?;
+        pad(&mut out, content.len() as u64).at(path)?;
     }
     let mut buf = vec![0u8; 1 << 20];
     for (blob, (name, size)) in lock.blobs.iter().zip(layout::blob_members(lock)) {
-        out.put(&layout::header(&name, size)).at(path)?;
+        out.write_all(&layout::header(&name, size)).at(path)?;
         let from = &blobs[&blob.digest];
         let mut file = File::open(from).at(from)?.take(size + 1);
         let mut copied = 0;
@@ -50,7 +49,7 @@ pub fn write(
                 break;
             }
             copied += n as u64;
-            out.put(&buf[..n]).at(path)?;
+            out.write_all(&buf[..n]).at(path)?;
             tick(n as u64);
         }
         if copied != size {
@@ -58,12 +57,11 @@ pub fn write(
                 .err(format!("{} changed while it was packed: {size} bytes expected", from.display()))
                 .cure("run `zd pack` again"));
         }
-        out.pad(size).at(path)?;
+        pad(&mut out, size).at(path)?;
     }
-    out.put(&[0; layout::END as usize]).at(path)?;
-    out.file.flush().at(path)?;
-    let (digest, len) = (Digest::from_hash(out.sha.finalize().as_slice()), out.len);
-    drop(out.file);
+    out.write_all(&[0; layout::END as usize]).at(path)?;
+    out.flush().at(path)?;
+    let (_, digest, len) = out.finish();
     temp.as_file().sync_all().at(path)?;
     set_mode(temp.as_file(), 0o644).at(path)?;
     temp.persist(path).map_err(|e| crate::error::io(path, e.error))?;
@@ -76,20 +74,6 @@ fn set_mode(file: &File, mode: u32) -> std::io::Result<()> {
     file.set_permissions(std::fs::Permissions::from_mode(mode))
 }
 
-struct Hashing<W> {
-    file: W,
-    sha: Sha256,
-    len: u64,
-}
-
-impl<W: Write> Hashing<W> {
-    fn put(&mut self, bytes: &[u8]) -> std::io::Result<()> {
-        self.sha.update(bytes);
-        self.len += bytes.len() as u64;
-        self.file.write_all(bytes)
-    }
-
-    fn pad(&mut self, size: u64) -> std::io::Result<()> {
-        self.put(&[0; 512][..layout::padding(size) as usize])
-    }
+fn pad(out: &mut impl Write, size: u64) -> io::Result<()> {
+    out.write_all(&[0; 512][..layout::padding(size) as usize])
 }

@@ -65,6 +65,9 @@ fn text(r: &Report) -> String {
     for release in &lock.releases {
         out.push_str(&format!("\n{release}"));
     }
+    for (image, index) in lock.images.iter().filter_map(|i| Some((&i.reference, i.index.as_ref()?))) {
+        out.push_str(&format!("\nimage {image}: one platform of the index {index}"));
+    }
     let mut table = super::status::table(["what", "version", "size", "digest"]);
     for image in &lock.images {
         let size: u64 = image.layers.iter().map(|l| lock.size_of(l)).sum();

@@ -59,6 +59,7 @@ struct Report {
 
 pub async fn run(args: Args, ui: &Ui) -> Result<()> {
     let start = std::time::Instant::now();
+    let created = created()?;
     let manifest = read_manifest(&args)?;
     let signer =
         Signer::read(&args.key, || super::keygen::ask_password(false)).map_err(|e| match e.code {
@@ -99,7 +100,7 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
         schema: 1,
         name: manifest.name,
         version: manifest.version,
-        created: Timestamp::from_second(Timestamp::now().as_second()).unwrap_or_default(),
+        created,
         packed_by: env!("CARGO_PKG_VERSION").into(),
         engine: manifest.engine,
         consul_https: manifest.consul_https,
@@ -143,6 +144,20 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
     Ok(())
 }
 
+/// Now, or what SOURCE_DATE_EPOCH says (reproducible-builds.org): then the same sources make the same bytes.
+fn created() -> Result<Timestamp> {
+    const VARIABLE: &str = "SOURCE_DATE_EPOCH";
+    let Some(given) = std::env::var_os(VARIABLE) else {
+        return Ok(Timestamp::from_second(Timestamp::now().as_second()).unwrap_or_default());
+    };
+    let seconds = given.to_str().and_then(|text| text.parse().ok());
+    seconds.and_then(|s| Timestamp::from_second(s).ok()).ok_or_else(|| {
+        Code::Usage
+            .err(format!("{VARIABLE}={}: expected seconds since 1970", given.display()))
+            .cure("unset it, or set it to a time such as `git log -1 --format=%ct` prints")
+    })
+}
+
 fn read_manifest(args: &Args) -> Result<Manifest> {
     let text = fs::read_to_string(&args.manifest).at(&args.manifest)?;
     let mut manifest = Manifest::parse(&text).map_err(|e| e.during(args.manifest.display()))?;
@@ -153,7 +168,7 @@ fn read_manifest(args: &Args) -> Result<Manifest> {
     }
     // Paths in a manifest are relative to it.
     let base = args.manifest.parent().unwrap_or(Path::new(""));
-    let paths = manifest.images.iter_mut().flat_map(|i| [&mut i.oci, &mut i.docker_archive]);
+    let paths = manifest.images.iter_mut().flat_map(|i| [&mut i.oci, &mut i.docker_archive, &mut i.ca]);
     let paths = paths.chain(manifest.files.iter_mut().map(|f| &mut f.path));
     let paths = paths.chain(manifest.releases.iter_mut().map(|r| &mut r.key));
     for path in paths.chain([&mut manifest.packages.sources]).flatten() {

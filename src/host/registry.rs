@@ -227,6 +227,7 @@ impl Registry {
             manifest: digest.clone(),
             config: form.config.digest,
             layers: form.layers.into_iter().map(|layer| layer.digest).collect(),
+            index: None,
             unpacked: 0,
         };
         Ok(Some((image, blobs)))

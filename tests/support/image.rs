@@ -68,23 +68,48 @@ pub fn docker_archive(to: &Path, arch: &str, layers: &[Vec<u8>]) {
 
 /// A folder in OCI image layout.
 pub fn oci_layout(dir: &Path, reference: &str, arch: &str, layers: &[Vec<u8>]) {
+    write_layout(dir, reference, oci_image(dir, arch, layers));
+}
+
+/// The same of an index with one image for each platform.
+pub fn oci_index(dir: &Path, reference: &str, platforms: &[(&str, Vec<Vec<u8>>)]) {
+    let images: Vec<Value> = platforms
+        .iter()
+        .map(|(arch, layers)| {
+            let mut entry = oci_image(dir, arch, layers);
+            entry["platform"] = json!({ "os": "linux", "architecture": arch });
+            entry
+        })
+        .collect();
+    let index = json!({
+        "schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json", "manifests": images,
+    });
+    write_layout(dir, reference, oci_blob(dir, "index.v1+json", &serde_json::to_vec(&index).unwrap()));
+}
+
+/// Writes a blob into a layout and returns its descriptor.
+pub fn oci_blob(dir: &Path, kind: &str, bytes: &[u8]) -> Value {
     let blobs = dir.join("blobs/sha256");
     fs::create_dir_all(&blobs).unwrap();
-    let descriptor = |kind: &str, bytes: &[u8]| -> Value {
-        fs::write(blobs.join(sha256(bytes)), bytes).unwrap();
-        json!({
-            "mediaType": format!("application/vnd.oci.image.{kind}"),
-            "digest": format!("sha256:{}", sha256(bytes)), "size": bytes.len(),
-        })
-    };
+    fs::write(blobs.join(sha256(bytes)), bytes).unwrap();
+    json!({
+        "mediaType": format!("application/vnd.oci.image.{kind}"),
+        "digest": format!("sha256:{}", sha256(bytes)), "size": bytes.len(),
+    })
+}
+
+fn oci_image(dir: &Path, arch: &str, layers: &[Vec<u8>]) -> Value {
     let layer_kind =
         |l: &[u8]| if l.starts_with(&[0x1f, 0x8b]) { "layer.v1.tar+gzip" } else { "layer.v1.tar" };
     let manifest = json!({
         "schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json",
-        "config": descriptor("config.v1+json", &config(arch, layers)),
-        "layers": layers.iter().map(|l| descriptor(layer_kind(l), l)).collect::<Vec<_>>(),
+        "config": oci_blob(dir, "config.v1+json", &config(arch, layers)),
+        "layers": layers.iter().map(|l| oci_blob(dir, layer_kind(l), l)).collect::<Vec<_>>(),
     });
-    let mut entry = descriptor("manifest.v1+json", &serde_json::to_vec(&manifest).unwrap());
+    oci_blob(dir, "manifest.v1+json", &serde_json::to_vec(&manifest).unwrap())
+}
+
+fn write_layout(dir: &Path, reference: &str, mut entry: Value) {
     entry["annotations"] = json!({ "org.opencontainers.image.ref.name": reference });
     let index = json!({ "schemaVersion": 2, "manifests": [entry] });
     fs::write(dir.join("index.json"), serde_json::to_vec(&index).unwrap()).unwrap();

@@ -4,6 +4,7 @@
 pub mod forge;
 pub mod image;
 pub mod openpgp;
+pub mod registry;
 pub mod server;
 
 use std::collections::BTreeMap;

@@ -1,12 +1,13 @@
 //! The pack machine's cache: blobs by digest, and a note per uncompressed layer of what it became.
 //! A file gets its name only after its hash is known; a second `pack` finds everything here.
 
-use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
 use tempfile::NamedTempFile;
 
+use crate::bundle::hashing::Hashing;
 use crate::error::{At, Code, Result};
 use crate::ids::Digest;
 
@@ -71,6 +72,22 @@ impl Cache {
         Ok((digest, size, path))
     }
 
+    /// What an interrupted download of a blob left, or an empty one.
+    pub fn partial(&self, digest: &Digest) -> Result<Partial> {
+        let path = self.dir("partial")?.join(digest.hex());
+        let mut file = OpenOptions::new().create(true).read(true).append(true).open(&path).at(&path)?;
+        let mut seen = Hashing::new(io::sink());
+        io::copy(&mut file, &mut seen).at(&path)?;
+        Ok(Partial { path, file, seen })
+    }
+
+    /// Takes in a file of this cache's folder that was hashed while it was written.
+    pub fn adopt(&self, file: &Path, digest: &Digest) -> Result<PathBuf> {
+        let path = self.path(digest);
+        fs::rename(file, &path).at(&path)?;
+        Ok(path)
+    }
+
     pub fn put(&self, bytes: &[u8]) -> Result<(Digest, u64, PathBuf)> {
         let mut temp = self.temp()?;
         temp.write_all(bytes).at(temp.path())?;
@@ -91,6 +108,34 @@ impl Cache {
         let note = self.root.join("gzip").join(plain.hex());
         temp.persist(&note).map_err(|e| crate::error::io(&note, e.error))?;
         Ok(())
+    }
+}
+
+/// A download that goes on where the last one broke off; hashed as it grows.
+pub struct Partial {
+    path: PathBuf,
+    file: File,
+    seen: Hashing<io::Sink>,
+}
+
+impl Partial {
+    pub fn len(&self) -> u64 {
+        self.seen.len()
+    }
+
+    pub fn restart(&mut self) -> Result<()> {
+        self.seen = Hashing::new(io::sink());
+        self.file.set_len(0).at(&self.path)
+    }
+
+    pub fn add(&mut self, bytes: &[u8]) -> Result<()> {
+        self.file.write_all(bytes).and_then(|()| self.seen.write_all(bytes)).at(&self.path)
+    }
+
+    /// The file with the digest and size of all that is in it.
+    pub fn finish(self) -> (PathBuf, Digest, u64) {
+        let (_, digest, size) = self.seen.finish();
+        (self.path, digest, size)
     }
 }
 

@@ -1,10 +1,11 @@
-//! Images: from the Docker daemon, from a `docker save` tar, from an OCI layout (tar or folder).
+//! Images: from the Docker daemon, from a `docker save` tar, from an OCI layout (tar or folder), from a registry
+//! (its own file).
 //!
-//! Every form is a set of named files with either an `index.json` (OCI image layout) or a
+//! Every other form is a set of named files with either an `index.json` (OCI image layout) or a
 //! `manifest.json` (docker save). Files are spooled once, then read by name. Layers that come
 //! compressed keep their bytes and thereby their digest; plain ones are gzipped.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
@@ -15,8 +16,8 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use super::Blobs;
 use super::cache::{Cache, hash, hash_file};
+use super::{Blobs, registry};
 use crate::bundle::gzip;
 use crate::bundle::lock::{Image, Role};
 use crate::bundle::manifest::ImageSource;
@@ -24,7 +25,7 @@ use crate::error::{At, Code, Error, OrCode, Result, source_file};
 use crate::ids::Digest;
 use crate::ui::Ui;
 
-const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+pub(super) const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 const OCI_CONFIG: &str = "application/vnd.oci.image.config.v1+json";
 const OCI_LAYER_GZIP: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
 const OCI_LAYER_ZSTD: &str = "application/vnd.oci.image.layer.v1.tar+zstd";
@@ -40,6 +41,9 @@ pub async fn resolve(
 ) -> Result<Image> {
     let named =
         |e: Error| if e.code == Code::Source { e.during(format!("image {}", source.reference)) } else { e };
+    if let Some(from) = &source.registry {
+        return registry::resolve(source, from, arch, cache, blobs, ui).await.map_err(named);
+    }
     let files = match source {
         ImageSource { docker: Some(name), .. } => from_daemon(name, cache, ui).await?,
         ImageSource { oci: Some(path), .. } | ImageSource { docker_archive: Some(path), .. } => {
@@ -148,24 +152,29 @@ impl Files {
     }
 }
 
-fn damaged(what: impl Into<String>) -> Error {
+pub(super) fn damaged(what: impl Into<String>) -> Error {
     Code::Source.err(what).cure("save the image again (docker save, skopeo copy) and check its source")
 }
 
 #[derive(Deserialize)]
-struct Descriptor {
+pub(super) struct Descriptor {
     #[serde(rename = "mediaType", default)]
-    media_type: String,
-    digest: Digest,
+    pub media_type: String,
+    pub digest: Digest,
+    #[serde(default)]
+    size: u64,
     #[serde(default)]
     annotations: HashMap<String, String>,
-    platform: Option<Platform>,
+    pub platform: Option<Platform>,
+    #[serde(default)]
+    urls: Vec<String>,
 }
 
 #[derive(Deserialize)]
-struct Platform {
-    architecture: String,
-    os: String,
+pub(super) struct Platform {
+    pub architecture: String,
+    pub os: String,
+    pub variant: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -177,6 +186,72 @@ struct Index {
 struct OciManifest {
     config: Descriptor,
     layers: Vec<Descriptor>,
+}
+
+/// An image of which every byte is kept.
+pub(super) struct OciImage {
+    /// Digest and media type of its manifest.
+    digest: Digest,
+    media_type: String,
+    /// The index that the manifest is out of.
+    index: Option<Digest>,
+    manifest: OciManifest,
+}
+
+impl OciImage {
+    pub fn parse(digest: Digest, media_type: String, index: Option<Digest>, bytes: &[u8]) -> Result<Self> {
+        let manifest: OciManifest =
+            serde_json::from_slice(bytes).or_code(Code::Source, "the image manifest")?;
+        // Foreign layers of Docker, non-distributable ones of OCI.
+        let elsewhere =
+            |l: &&Descriptor| ["nondistributable", "foreign"].iter().any(|w| l.media_type.contains(w));
+        if let Some(layer) = manifest.layers.iter().find(elsewhere) {
+            let urls = layer.urls.join(", ").escape_default().to_string();
+            return Err(Code::Source
+                .err(format!(
+                    "layer {} is non-distributable: its bytes are not with the image ({urls})",
+                    layer.digest
+                ))
+                .cure("build the image on a base whose layers may be passed on"));
+        }
+        Ok(Self { digest, media_type, index, manifest })
+    }
+
+    pub fn config(&self) -> &Digest {
+        &self.manifest.config.digest
+    }
+
+    /// Config and layers with their sizes, each once.
+    pub fn blobs(&self) -> BTreeMap<&Digest, u64> {
+        self.manifest.layers.iter().chain([&self.manifest.config]).map(|d| (&d.digest, d.size)).collect()
+    }
+
+    /// Enters it into the lock; `kept` says where each of its blobs is, the manifest among them.
+    pub fn enter(
+        self,
+        source: &ImageSource,
+        kept: &HashMap<Digest, (u64, PathBuf)>,
+        blobs: &mut Blobs,
+    ) -> Image {
+        let Self { digest, media_type, index, manifest } = self;
+        let layers: Vec<Digest> = manifest.layers.into_iter().map(|l| l.digest).collect();
+        let config = manifest.config.digest;
+        let all = [(&digest, Role::ImageManifest), (&config, Role::ImageConfig)];
+        for (digest, role) in all.into_iter().chain(layers.iter().map(|l| (l, Role::ImageLayer))) {
+            let (size, path) = kept[digest].clone();
+            blobs.add(digest.clone(), size, role, path);
+        }
+        let unpacked = layers.iter().map(|l| 3 * kept[l].0).sum();
+        Image {
+            reference: source.reference.clone(),
+            media_type,
+            manifest: digest,
+            config,
+            layers,
+            index,
+            unpacked,
+        }
+    }
 }
 
 #[derive(Deserialize)]
@@ -209,8 +284,7 @@ impl Resolve<'_> {
             return Err(damaged(format!("the archive holds {} images, expected one", list.len())));
         };
         let config = self.files.json(&saved.config)?;
-        let (os, arch) = platform(&config)?;
-        self.check_platform(&os, &arch)?;
+        check_platform(&config, self.arch)?;
         let mut layers = Vec::new();
         let mut unpacked = 0;
         for name in &saved.layers {
@@ -238,6 +312,7 @@ impl Resolve<'_> {
             manifest: manifest_digest,
             config: config_digest,
             layers,
+            index: None,
             unpacked,
         })
     }
@@ -280,50 +355,34 @@ impl Resolve<'_> {
     fn oci(&mut self) -> Result<Image> {
         let index: Index =
             serde_json::from_slice(&self.files.json("index.json")?).or_code(Code::Source, "index.json")?;
-        let descriptor = self.choose(index)?;
-        let bytes = self.files.json(&blob_name(&descriptor.digest))?;
-        let manifest: OciManifest =
-            serde_json::from_slice(&bytes).or_code(Code::Source, "the image manifest")?;
-        let config = self.files.json(&blob_name(&manifest.config.digest))?;
-        let (os, arch) = platform(&config)?;
-        self.check_platform(&os, &arch)?;
-        let mut unpacked = 0;
-        let all = [(&descriptor.digest, Role::ImageManifest), (&manifest.config.digest, Role::ImageConfig)];
-        let layers = manifest.layers.iter().map(|l| (&l.digest, Role::ImageLayer));
-        for (digest, role) in all.into_iter().chain(layers) {
-            let from = self.files.path(&blob_name(digest))?;
-            let (path, size) = match self.cache.get(digest)? {
-                Some(found) => found,
-                None => {
-                    let (found, _) = hash(File::open(from).at(from)?).at(from)?;
-                    if found != *digest {
-                        return Err(damaged(format!("blob {digest} has other bytes than its name says")));
-                    }
-                    let (_, size, path) = self.keep_copy(from)?;
-                    (path, size)
-                }
-            };
-            if role == Role::ImageLayer {
-                unpacked += 3 * size;
-            }
-            self.blobs.add(digest.clone(), size, role, path);
+        let (Descriptor { digest, media_type, .. }, index) = self.choose(index)?;
+        let media_type = if media_type.is_empty() { OCI_MANIFEST.into() } else { media_type };
+        let bytes = self.files.json(&blob_name(&digest))?;
+        let image = OciImage::parse(digest.clone(), media_type, index, &bytes)?;
+        check_platform(&self.files.json(&blob_name(image.config()))?, self.arch)?;
+        let mut kept = HashMap::from([(digest.clone(), self.keep(&digest)?)]);
+        for digest in image.blobs().into_keys() {
+            kept.insert(digest.clone(), self.keep(digest)?);
         }
-        Ok(Image {
-            reference: self.source.reference.clone(),
-            media_type: if descriptor.media_type.is_empty() {
-                OCI_MANIFEST.into()
-            } else {
-                descriptor.media_type
-            },
-            manifest: descriptor.digest,
-            config: manifest.config.digest,
-            layers: manifest.layers.into_iter().map(|l| l.digest).collect(),
-            unpacked,
-        })
+        Ok(image.enter(self.source, &kept, self.blobs))
+    }
+
+    /// Into the cache, unless it is there.
+    fn keep(&self, digest: &Digest) -> Result<(u64, PathBuf)> {
+        let from = self.files.path(&blob_name(digest))?;
+        if let Some((path, size)) = self.cache.get(digest)? {
+            return Ok((size, path));
+        }
+        let (found, _) = hash(File::open(from).at(from)?).at(from)?;
+        if found != *digest {
+            return Err(damaged(format!("blob {digest} has other bytes than its name says")));
+        }
+        let (_, size, path) = self.keep_copy(from)?;
+        Ok((size, path))
     }
 
     /// The manifest for our platform: by platform through nested indexes, by name among several.
-    fn choose(&self, index: Index) -> Result<Descriptor> {
+    fn choose(&self, index: Index) -> Result<(Descriptor, Option<Digest>)> {
         let name = self.source.reference.to_string();
         let fits = |d: &Descriptor| {
             d.platform.as_ref().is_none_or(|p| p.os == "linux" && p.architecture == self.arch)
@@ -341,18 +400,10 @@ impl Resolve<'_> {
         };
         if descriptor.media_type.contains("index") || descriptor.media_type.contains("manifest.list") {
             let nested = self.files.json(&blob_name(&descriptor.digest))?;
-            return self.choose(serde_json::from_slice(&nested).or_code(Code::Source, "the nested index")?);
+            let nested = serde_json::from_slice(&nested).or_code(Code::Source, "the nested index")?;
+            return Ok((self.choose(nested)?.0, Some(descriptor.digest)));
         }
-        Ok(descriptor)
-    }
-
-    fn check_platform(&self, os: &str, arch: &str) -> Result<()> {
-        if os == "linux" && arch == self.arch {
-            return Ok(());
-        }
-        Err(Code::Source
-            .err(format!("the image is for {os}/{arch}, the bundle's target needs linux/{}", self.arch))
-            .cure("pull or build the image for that platform"))
+        Ok((descriptor, None))
     }
 }
 
@@ -360,8 +411,15 @@ fn blob_name(digest: &Digest) -> String {
     format!("blobs/sha256/{}", digest.hex())
 }
 
-fn platform(config: &[u8]) -> Result<(String, String)> {
+/// By an image's config.
+pub(super) fn check_platform(config: &[u8], target: &str) -> Result<()> {
     let config: Value = serde_json::from_slice(config).or_code(Code::Source, "the image config")?;
-    let text = |key: &str| config[key].as_str().unwrap_or_default().to_owned();
-    Ok((text("os"), text("architecture")))
+    let text = |key: &str| config[key].as_str().unwrap_or_default();
+    let (os, arch) = (text("os"), text("architecture"));
+    if os == "linux" && arch == target {
+        return Ok(());
+    }
+    Err(Code::Source
+        .err(format!("the image is for {os}/{arch}, the bundle's target needs linux/{target}"))
+        .cure("pull or build the image for that platform"))
 }

@@ -2,10 +2,12 @@
 
 pub mod apt;
 pub mod cache;
+mod credentials;
 pub mod hashicorp;
 pub mod image;
 pub mod openpgp;
 pub mod place;
+mod registry;
 pub mod url;
 
 use std::collections::HashMap;

@@ -1,21 +1,27 @@
 //! Files from a URL or a mirror. A large one comes with its SHA-256: resumed after a break, retried,
 //! cached, checked. A small one is bounded and read whole.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{ErrorKind, Read, Write};
-use std::path::{Path, PathBuf};
+use std::fmt::Display;
+use std::fs::{self, File};
+use std::io::{ErrorKind, Read};
+use std::path::PathBuf;
 use std::time::Duration;
 
-use futures_util::StreamExt;
+use bytes::Bytes;
+use futures_util::stream::BoxStream;
+use futures_util::{StreamExt, TryStreamExt};
 use reqwest::{StatusCode, Url, header};
 
-use super::cache::{Cache, hash, hash_file};
+use super::cache::{Cache, Partial, hash};
 use super::place::Place;
 use crate::error::{At, Code, Error, Result, io};
 use crate::ids::Digest;
 use crate::ui::Ui;
 
 const TRIES: u32 = 5;
+/// How long a server may take to answer, and to go on.
+pub const CONNECT: Duration = Duration::from_secs(20);
+pub const SILENCE: Duration = Duration::from_secs(60);
 
 /// A file that must have this sum, for `says` (the manifest, a list of sums) says so.
 pub struct Wanted<'a> {
@@ -24,40 +30,64 @@ pub struct Wanted<'a> {
     pub says: &'a str,
 }
 
+/// What a server gives of a file: all from `start` on, in `len` bytes where it says so.
+pub struct Rest {
+    pub start: u64,
+    pub len: Option<u64>,
+    pub chunks: BoxStream<'static, Result<Bytes, Failure>>,
+}
+
 /// Fetches into the cache unless it is there; one in a folder stays where it is. Returns size and path.
 pub async fn fetch(wanted: Wanted<'_>, place: &Place, cache: &Cache, ui: &Ui) -> Result<(u64, PathBuf)> {
-    let Wanted { name, sum, .. } = wanted;
-    if let Some((path, size)) = cache.get(sum)? {
-        return Ok((size, path));
-    }
-    let url = match place {
-        Place::Server(url) => url,
+    let name = wanted.name;
+    match place {
+        Place::Server(url) => {
+            let client = client(name, place)?;
+            download(wanted, place, cache, ui, async |have| request(name, &client, url, have).await).await
+        }
         Place::Folder(path) => {
+            if let Some((path, size)) = cache.get(wanted.sum)? {
+                return Ok((size, path));
+            }
             let file = File::open(path).map_err(|e| missing(name, place, e))?;
             let bar = ui.bytes(name, file.metadata().map_or(0, |m| m.len()));
             let (found, size) = hash(bar.wrap_read(file)).at(path)?;
             bar.finish_and_clear();
             wanted.check(place, &found)?;
-            return Ok((size, path.clone()));
+            Ok((size, path.clone()))
         }
-    };
-    let partial = cache.dir("partial")?.join(sum.hex());
-    let client = client(name, place)?;
-    persevere(name, place, ui, async || attempt(name, &client, url, &partial, ui).await).await?;
-    let (found, _) = hash_file(&partial)?;
+    }
+}
+
+/// Fetches into the cache unless it is there. `request` asks for what follows on so many bytes; it answers None where
+/// nothing does.
+pub async fn download(
+    wanted: Wanted<'_>,
+    place: &dyn Display,
+    cache: &Cache,
+    ui: &Ui,
+    request: impl AsyncFn(u64) -> Result<Option<Rest>, Failure>,
+) -> Result<(u64, PathBuf)> {
+    let Wanted { name, sum, .. } = wanted;
+    if let Some((path, size)) = cache.get(sum)? {
+        return Ok((size, path));
+    }
+    let mut partial = cache.partial(sum)?;
+    persevere(name, place, ui, async || {
+        let Some(rest) = request(partial.len()).await? else { return Ok(()) };
+        receive(name, rest, &mut partial, ui).await
+    })
+    .await?;
+    let (file, found, size) = partial.finish();
     if let Err(e) = wanted.check(place, &found) {
-        fs::remove_file(&partial).at(&partial)?;
+        fs::remove_file(&file).at(&file)?;
         return Err(e);
     }
-    let mut temp = cache.temp()?;
-    std::io::copy(&mut File::open(&partial).at(&partial)?, &mut temp).at(&partial)?;
-    let (_, size, path) = cache.keep(temp)?;
-    fs::remove_file(&partial).at(&partial)?;
-    Ok((size, path))
+    Ok((size, cache.adopt(&file, &found)?))
 }
 
 impl Wanted<'_> {
-    fn check(&self, place: &Place, found: &Digest) -> Result<()> {
+    fn check(&self, place: &dyn Display, found: &Digest) -> Result<()> {
         if found == self.sum {
             return Ok(());
         }
@@ -96,22 +126,22 @@ pub async fn small(name: &str, place: &Place, most: u64, ui: &Ui) -> Result<Opti
 
 fn client(name: &str, place: &Place) -> Result<reqwest::Client> {
     reqwest::Client::builder()
-        .connect_timeout(Duration::from_secs(20))
-        .read_timeout(Duration::from_secs(60))
+        .connect_timeout(CONNECT)
+        .read_timeout(SILENCE)
         .build()
         .map_err(|e| source(name, place, &chain(&e)))
 }
 
-enum Failure {
+pub enum Failure {
     /// The connection broke or the server is busy: worth another try.
     Broken(String),
     Final(Error),
 }
 
 /// Tries again, with longer and longer waits, until it is done or will never be.
-async fn persevere<T>(
+pub async fn persevere<T>(
     name: &str,
-    place: &Place,
+    place: &dyn Display,
     ui: &Ui,
     mut attempt: impl AsyncFnMut() -> Result<T, Failure>,
 ) -> Result<T> {
@@ -132,37 +162,37 @@ async fn persevere<T>(
     }
 }
 
-async fn attempt(
+async fn request(
     name: &str,
     client: &reqwest::Client,
     url: &Url,
-    partial: &Path,
-    ui: &Ui,
-) -> Result<(), Failure> {
-    let local = |e: std::io::Error| Failure::Final(io(partial, e));
-    let have = fs::metadata(partial).map_or(0, |m| m.len());
+    have: u64,
+) -> Result<Option<Rest>, Failure> {
     let mut request = client.get(url.clone());
     if have > 0 {
         request = request.header(header::RANGE, format!("bytes={have}-"));
     }
     let answer = request.send().await.map_err(broken)?;
-    let resumed = match answer.status() {
-        StatusCode::PARTIAL_CONTENT => true,
-        StatusCode::OK => false,
+    let start = match answer.status() {
+        StatusCode::PARTIAL_CONTENT => have,
+        StatusCode::OK => 0,
         // Everything was there already, or the file changed: the sum decides.
-        StatusCode::RANGE_NOT_SATISFIABLE => return Ok(()),
+        StatusCode::RANGE_NOT_SATISFIABLE => return Ok(None),
         status => return Err(refused(name, url, status)),
     };
-    let mut options = OpenOptions::new();
-    let options = options.create(true).write(true).append(resumed).truncate(!resumed);
-    let mut file = options.open(partial).map_err(local)?;
-    let start = if resumed { have } else { 0 };
-    let bar = ui.bytes(name, answer.content_length().map_or(0, |n| n + start));
-    bar.set_position(start);
-    let mut body = answer.bytes_stream();
-    while let Some(chunk) = body.next().await {
-        let chunk = chunk.map_err(broken)?;
-        file.write_all(&chunk).map_err(local)?;
+    let len = answer.content_length();
+    Ok(Some(Rest { start, len, chunks: answer.bytes_stream().map_err(broken).boxed() }))
+}
+
+async fn receive(name: &str, mut rest: Rest, partial: &mut Partial, ui: &Ui) -> Result<(), Failure> {
+    if rest.start == 0 {
+        partial.restart().map_err(Failure::Final)?;
+    }
+    let bar = ui.bytes(name, rest.len.map_or(0, |n| n + rest.start));
+    bar.set_position(rest.start);
+    while let Some(chunk) = rest.chunks.next().await {
+        let chunk = chunk?;
+        partial.add(&chunk).map_err(Failure::Final)?;
         bar.inc(chunk.len() as u64);
     }
     bar.finish_and_clear();
@@ -205,10 +235,10 @@ fn refused(name: &str, url: &Url, status: StatusCode) -> Failure {
     Failure::Final(source(name, &Place::Server(url.clone()), &why))
 }
 
-fn source(name: &str, place: &Place, why: &str) -> Error {
+fn source(name: &str, place: &dyn Display, why: &str) -> Error {
     Code::Source
         .err(format!("{name}: {place}: {why}"))
-        .cure("check the URL (manifest, --mirror) and this machine's network; what was fetched is kept")
+        .cure("check the address (manifest, --mirror) and this machine's network; what was fetched is kept")
 }
 
 /// A file stands where a folder of the path should be: also missing.
