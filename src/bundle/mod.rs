@@ -6,6 +6,7 @@ pub mod layout;
 pub mod lock;
 pub mod manifest;
 pub mod medium;
+mod parallel;
 pub mod reader;
 pub mod service;
 pub mod signature;

@@ -4,12 +4,11 @@
 use std::collections::{HashMap, HashSet};
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use super::layout::{self, BLOCK, HEAD, MAX_SIGNATURE, OCI_LAYOUT};
 use super::lock::{Lock, MAX_LOCK};
 use super::medium::Medium;
+use super::parallel::try_each;
 use super::signature::{self, Key};
 use crate::error::{At, Code, Error, Result};
 use crate::ids::Digest;
@@ -122,36 +121,17 @@ impl Bundle {
     pub fn verify(&self, tick: impl Fn(u64) + Sync) -> Result<()> {
         // Largest first, so that no thread is left alone with a big one at the end.
         let queue: Vec<_> = self.lock.blobs.iter().rev().collect();
-        let next = AtomicUsize::new(0);
-        let stop = AtomicBool::new(false);
-        let wrong = Mutex::new(Vec::new());
-        let threads = std::thread::available_parallelism().map_or(2, |n| n.get()).clamp(2, 8);
-        std::thread::scope(|scope| {
-            for _ in 0..threads {
-                scope.spawn(|| {
-                    while let Some(blob) = queue.get(next.fetch_add(1, Ordering::Relaxed)) {
-                        if stop.load(Ordering::Relaxed) {
-                            return;
-                        }
-                        let result = self.blob(&blob.digest).and_then(|r| {
-                            let count = |piece: &[u8]| {
-                                tick(piece.len() as u64);
-                                Ok(())
-                            };
-                            let (found, _) = Digest::of_reader(r, count).at(&self.path)?;
-                            (found == blob.digest).then_some(()).ok_or_else(|| {
-                                damaged(format!("blob {} does not have the bytes its name says", blob.digest))
-                            })
-                        });
-                        if let Err(e) = result {
-                            stop.store(true, Ordering::Relaxed);
-                            wrong.lock().unwrap_or_else(|e| e.into_inner()).push(e);
-                        }
-                    }
-                });
-            }
-        });
-        wrong.into_inner().unwrap_or_else(|e| e.into_inner()).pop().map_or(Ok(()), Err)
+        try_each(&queue, |blob| {
+            let count = |piece: &[u8]| {
+                tick(piece.len() as u64);
+                Ok(())
+            };
+            let (found, _) = Digest::of_reader(self.blob(&blob.digest)?, count).at(&self.path)?;
+            (found == blob.digest)
+                .then_some(())
+                .ok_or_else(|| damaged(format!("blob {} does not have the bytes its name says", blob.digest)))
+        })
+        .map(drop)
     }
 }
 

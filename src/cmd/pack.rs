@@ -17,7 +17,7 @@ use crate::bundle::sources::url::{self, Wanted};
 use crate::bundle::sources::{Blobs, apt, hashicorp, image};
 use crate::bundle::target::Target;
 use crate::bundle::writer;
-use crate::error::{At, Code, Result, source_file};
+use crate::error::{At, Code, OrCode, Result, source_file};
 use crate::ids::Digest;
 use crate::ui::Ui;
 
@@ -71,17 +71,12 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
     let cache = Cache::open()?;
     let mut blobs = Blobs::default();
     let target = &manifest.target;
-    let (apt_index, debs) = apt::resolve(&manifest.packages, target, &cache, &mut blobs, ui)?;
-    require_stream(&manifest.services, &debs)?;
-    require_apparmor(&manifest.packages, &debs)?;
-    if !debs.is_empty() {
-        ui.done(format!("{} packages for {target}", debs.len()));
-    }
-    let mut images: Vec<Image> = Vec::new();
-    for source in &manifest.images {
-        images.push(image::resolve(source, target.deb_arch()?, &cache, &mut blobs, ui).await?);
-        ui.done(format!("image {}", source.reference));
-    }
+    let (packages, images) = tokio::try_join!(
+        resolve_packages(&manifest, &cache, ui),
+        resolve_images(&manifest, &cache, &mut blobs, ui)
+    )?;
+    let (apt_index, debs, more) = packages;
+    blobs.extend(more);
     let mut files = Vec::new();
     for source in &manifest.files {
         files.push(resolve_file(source, args.mirror.as_ref(), &cache, &mut blobs, ui).await?);
@@ -175,6 +170,35 @@ fn read_manifest(args: &Args) -> Result<Manifest> {
         *path = base.join(&*path);
     }
     Ok(manifest)
+}
+
+/// On a thread of its own: apt asks its sources while images are compressed.
+async fn resolve_packages(
+    manifest: &Manifest,
+    cache: &Cache,
+    ui: &Ui,
+) -> Result<(Option<Digest>, Vec<Deb>, Blobs)> {
+    let (packages, target) = (manifest.packages.clone(), manifest.target.clone());
+    let (cache, ui) = (cache.clone(), ui.clone());
+    let resolved = tokio::task::spawn_blocking(move || apt::resolve(&packages, &target, &cache, &ui));
+    let resolved = resolved.await.or_code(Code::Bug, "resolving packages")??;
+    require_stream(&manifest.services, &resolved.1)?;
+    require_apparmor(&manifest.packages, &resolved.1)?;
+    Ok(resolved)
+}
+
+async fn resolve_images(
+    manifest: &Manifest,
+    cache: &Cache,
+    blobs: &mut Blobs,
+    ui: &Ui,
+) -> Result<Vec<Image>> {
+    let mut images = Vec::new();
+    for source in &manifest.images {
+        images.push(image::resolve(source, manifest.target.deb_arch()?, cache, blobs, ui).await?);
+        ui.done(format!("image {}", source.reference));
+    }
+    Ok(images)
 }
 
 /// nginx serves sessions by a module, which in Debian and Ubuntu is a package of its own.

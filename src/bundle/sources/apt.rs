@@ -5,6 +5,7 @@
 //! the release has (Essential or priority required). On the host apt resolves again, against the
 //! host's own state, with the carried packages as its only source (apt-get(8), sources.list(5)).
 
+use std::collections::HashMap;
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -24,12 +25,12 @@ pub fn resolve(
     packages: &Packages,
     target: &Target,
     cache: &Cache,
-    blobs: &mut Blobs,
     ui: &Ui,
-) -> Result<(Option<Digest>, Vec<Deb>)> {
+) -> Result<(Option<Digest>, Vec<Deb>, Blobs)> {
     let wanted: Vec<&String> = packages.all().collect();
+    let mut blobs = Blobs::default();
     if wanted.is_empty() {
-        return Ok((None, Vec::new()));
+        return Ok((None, Vec::new(), blobs));
     }
     which::which("apt-get").map_err(|_| {
         Code::Source.err("apt-get is not on this machine").cure("run `zd pack` on a Debian or Ubuntu machine")
@@ -55,7 +56,9 @@ pub fn resolve(
             .cure("leave these out of the manifest's packages"));
     }
     apt.download(&wanted, files.len(), ui)?;
-    apt.index(&files, cache, blobs)
+    let (index, debs) = apt.index(&files, cache, &mut blobs)?;
+    ui.done(format!("{} packages for {target}", debs.len()));
+    Ok((Some(index), debs, blobs))
 }
 
 struct Apt {
@@ -168,20 +171,20 @@ impl Apt {
     }
 
     /// The index that apt reads on the host, and each package as a blob.
-    fn index(&self, files: &[&str], cache: &Cache, blobs: &mut Blobs) -> Result<(Option<Digest>, Vec<Deb>)> {
+    fn index(&self, files: &[&str], cache: &Cache, blobs: &mut Blobs) -> Result<(Digest, Vec<Deb>)> {
+        let packages = files.iter().map(|file| PackageFile::parse(file)).collect::<Result<Vec<_>>>()?;
+        let mut show = vec!["show".to_owned()];
+        show.extend(packages.iter().map(|p| format!("{}={}", p.name, p.version)));
+        let shown = self.run("apt-cache", &show.iter().map(String::as_str).collect::<Vec<_>>())?;
+        let mut stanzas = HashMap::new();
+        for stanza in shown.split("\n\n") {
+            let field = |key: &str| stanza.lines().find_map(|l| l.strip_prefix(key)).unwrap_or_default();
+            stanzas.entry((field("Package: "), field("Version: "))).or_insert(stanza);
+        }
         let mut debs = Vec::new();
         let mut index = String::new();
-        for file in files {
-            // name_version_arch.deb, with %3a for the colon of an epoch
-            let mut parts = file.trim_end_matches(".deb").splitn(3, '_');
-            let (Some(name), Some(version), Some(arch)) = (parts.next(), parts.next(), parts.next()) else {
-                return Err(
-                    Code::Source.err(format!("apt named a package file {file:?} that zd cannot read"))
-                );
-            };
-            let version = version.replace("%3a", ":");
-            let stanza = self.run("apt-cache", &["show", &format!("{name}={version}")])?;
-            let stanza = stanza.split("\n\n").next().unwrap_or_default();
+        for PackageFile { file, name, version, arch } in packages {
+            let stanza = stanzas.get(&(name, version.as_str())).copied().unwrap_or_default();
             let plain = format!("{name}_{}_{arch}.deb", version.replace(':', "."));
             for line in stanza.lines() {
                 let line =
@@ -202,7 +205,25 @@ impl Apt {
         }
         let (digest, size, path) = cache.put(index.as_bytes())?;
         blobs.add(digest.clone(), size, Role::AptIndex, path);
-        Ok((Some(digest), debs))
+        Ok((digest, debs))
+    }
+}
+
+/// What the name of a package file says: `name_version_arch.deb`, with `%3a` for the colon of an epoch.
+struct PackageFile<'a> {
+    file: &'a str,
+    name: &'a str,
+    version: String,
+    arch: &'a str,
+}
+
+impl<'a> PackageFile<'a> {
+    fn parse(file: &'a str) -> Result<Self> {
+        let mut parts = file.trim_end_matches(".deb").splitn(3, '_');
+        let (Some(name), Some(version), Some(arch)) = (parts.next(), parts.next(), parts.next()) else {
+            return Err(Code::Source.err(format!("apt named a package file {file:?} that zd cannot read")));
+        };
+        Ok(Self { file, name, version: version.replace("%3a", ":"), arch })
     }
 }
 

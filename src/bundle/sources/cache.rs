@@ -11,6 +11,7 @@ use crate::bundle::hashing::Hashing;
 use crate::error::{At, Code, Result};
 use crate::ids::Digest;
 
+#[derive(Clone)]
 pub struct Cache {
     root: PathBuf,
 }
@@ -64,12 +65,19 @@ impl Cache {
         }
     }
 
-    /// Keeps a finished temporary file under its digest.
-    pub fn keep(&self, temp: NamedTempFile) -> Result<(Digest, u64, PathBuf)> {
-        let (digest, size) = hash(File::open(temp.path()).at(temp.path())?).at(temp.path())?;
-        let path = self.path(&digest);
+    /// A copy of what a reader gives, with its digest and size; for `keep`.
+    pub fn copy(&self, from: impl Read) -> Result<(NamedTempFile, Digest, u64)> {
+        let mut temp = self.temp()?;
+        let (digest, size) =
+            Digest::of_reader(from, |piece| temp.write_all(piece)).at(self.root.join("tmp"))?;
+        Ok((temp, digest, size))
+    }
+
+    /// Keeps a finished temporary file under the digest that it has.
+    pub fn keep(&self, temp: NamedTempFile, digest: &Digest) -> Result<PathBuf> {
+        let path = self.path(digest);
         temp.persist(&path).map_err(|e| crate::error::io(&path, e.error))?;
-        Ok((digest, size, path))
+        Ok(path)
     }
 
     /// What an interrupted download of a blob left, or an empty one.
@@ -89,9 +97,9 @@ impl Cache {
     }
 
     pub fn put(&self, bytes: &[u8]) -> Result<(Digest, u64, PathBuf)> {
-        let mut temp = self.temp()?;
-        temp.write_all(bytes).at(temp.path())?;
-        self.keep(temp)
+        let (temp, digest, size) = self.copy(bytes)?;
+        let path = self.keep(temp, &digest)?;
+        Ok((digest, size, path))
     }
 
     /// The compressed layer that an uncompressed one became earlier.

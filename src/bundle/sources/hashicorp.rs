@@ -11,6 +11,7 @@ use super::cache::{Cache, hash_file};
 use super::openpgp::PublicKey;
 use super::place::Place;
 use super::url::{self, Wanted};
+use crate::bundle::hashing::Hashing;
 use crate::bundle::lock::{self, Role};
 use crate::bundle::manifest::Release;
 use crate::error::{At, Code, Error, Result, io};
@@ -184,23 +185,24 @@ impl<'a> Source<'a> {
 
     /// Into the cache, as long as it is believable.
     fn keep(&self, from: &str, size: u64, binary: impl Read) -> Result<(Digest, u64, PathBuf)> {
-        let mut temp = self.cache.temp()?;
+        let mut copied = Hashing::new(self.cache.temp()?);
         let bar = self.ui.bytes(&self.title, size);
-        let size =
-            copy(&mut bar.wrap_read(binary).take(MAX_BINARY + 1), &mut temp).map_err(|e| match e.kind() {
-                // What a bent zip gives; all else is the disk.
-                ErrorKind::InvalidData | ErrorKind::InvalidInput | ErrorKind::UnexpectedEof => Code::Source
-                    .err(format!("{}: {from}: {e}", self.title))
-                    .cure("fetch it again: it is damaged"),
-                _ => io(temp.path(), e),
-            })?;
+        copy(&mut bar.wrap_read(binary).take(MAX_BINARY + 1), &mut copied).map_err(|e| match e.kind() {
+            // What a bent zip gives; all else is the disk.
+            ErrorKind::InvalidData | ErrorKind::InvalidInput | ErrorKind::UnexpectedEof => {
+                Code::Source.err(format!("{}: {from}: {e}", self.title)).cure("fetch it again: it is damaged")
+            }
+            _ => io(from, e),
+        })?;
         bar.finish_and_clear();
+        let (temp, digest, size) = copied.finish();
         if size > MAX_BINARY {
             return Err(Code::Source
                 .err(format!("{}: {from}: the binary has over {MAX_BINARY} bytes", self.title))
                 .cure("check where it came from: no release is that large"));
         }
-        self.cache.keep(temp)
+        let path = self.cache.keep(temp, &digest)?;
+        Ok((digest, size, path))
     }
 }
 

@@ -2,25 +2,28 @@
 //! (its own file).
 //!
 //! Every other form is a set of named files with either an `index.json` (OCI image layout) or a
-//! `manifest.json` (docker save). Files are spooled once, then read by name. Layers that come
-//! compressed keep their bytes and thereby their digest; plain ones are gzipped.
+//! `manifest.json` (docker save), read where they are. Layers that come compressed keep their bytes and
+//! thereby their digest; plain ones are gzipped, several at a time, each in one pass.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
 
 use bollard::Docker;
 use futures_util::StreamExt;
 use serde::Deserialize;
 use serde_json::{Value, json};
-use tempfile::TempDir;
+use tempfile::NamedTempFile;
 
-use super::cache::{Cache, hash, hash_file};
+use super::cache::Cache;
 use super::{Blobs, registry};
 use crate::bundle::gzip;
+use crate::bundle::hashing::Hashing;
 use crate::bundle::lock::{Image, Role};
 use crate::bundle::manifest::ImageSource;
+use crate::bundle::medium::Medium;
+use crate::bundle::parallel::try_each;
 use crate::error::{At, Code, Error, OrCode, Result, source_file};
 use crate::ids::Digest;
 use crate::ui::Ui;
@@ -47,7 +50,7 @@ pub async fn resolve(
     let files = match source {
         ImageSource { docker: Some(name), .. } => from_daemon(name, cache, ui).await?,
         ImageSource { oci: Some(path), .. } | ImageSource { docker_archive: Some(path), .. } => {
-            Files::open(path, cache).map_err(named)?
+            Files::open(path).map_err(named)?
         }
         _ => return Err(Code::Bug.err("an image source was not checked")),
     };
@@ -71,85 +74,106 @@ async fn from_daemon(name: &str, cache: &Cache, ui: &Ui) -> Result<Files> {
         file.write_all(&chunk.map_err(unreachable)?).at(temp.path())?;
     }
     bar.finish_and_clear();
-    Files::open(temp.path(), cache)
+    let files = Files::open(temp.path())?;
+    Ok(Files { _saved: Some(temp), ..files })
 }
 
-/// Files by name, wherever they were.
+/// Where the bytes of a file are: in an archive, or in a file of their own.
+#[derive(Clone)]
+struct Part {
+    path: PathBuf,
+    offset: u64,
+    size: u64,
+}
+
+impl Part {
+    fn open(&self) -> Result<impl Read> {
+        Ok(Medium::open(&self.path).at(&self.path)?.slice(self.offset, self.size))
+    }
+
+    fn start(&self, most: u64) -> Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        self.open()?.take(most).read_to_end(&mut bytes).at(&self.path)?;
+        Ok(bytes)
+    }
+}
+
+/// Files by name, wherever they are.
 struct Files {
-    paths: HashMap<String, PathBuf>,
-    /// Keeps spooled files until they are in the cache.
-    _spool: Option<TempDir>,
+    parts: HashMap<String, Part>,
+    /// What Docker saved goes when all is in the cache.
+    _saved: Option<NamedTempFile>,
 }
 
 impl Files {
-    fn open(path: &Path, cache: &Cache) -> Result<Self> {
-        if path.is_dir() {
-            let mut paths = HashMap::new();
-            for name in ["index.json", "oci-layout"] {
-                paths.insert(name.to_owned(), path.join(name));
-            }
-            let blobs = path.join("blobs/sha256");
-            for entry in std::fs::read_dir(&blobs).map_err(|e| source_file(&blobs, e))? {
-                let name = entry.at(&blobs)?.file_name().to_string_lossy().into_owned();
-                paths.insert(format!("blobs/sha256/{name}"), blobs.join(name));
-            }
-            return Ok(Self { paths, _spool: None });
-        }
-        let file = File::open(path).map_err(|e| source_file(path, e))?;
-        let spool_root = cache.dir("tmp")?;
-        let spool = TempDir::new_in(&spool_root).at(&spool_root)?;
-        let mut paths = HashMap::new();
-        let mut links = Vec::new();
-        let bad = |e: std::io::Error| {
-            let e = Code::Source.err(format!(
-                "{}: not an image archive: {}",
-                path.display(),
-                e.to_string().escape_default()
-            ));
-            e.cure(
-                "expected a tar as `docker save` or `skopeo copy … oci-archive:` writes it, not compressed",
-            )
-        };
-        let mut archive = tar::Archive::new(file);
-        for entry in archive.entries().map_err(bad)? {
-            let mut entry = entry.map_err(bad)?;
-            let name = entry.path().map_err(bad)?.to_string_lossy().trim_start_matches("./").to_owned();
-            match entry.header().entry_type() {
-                // The name in the archive is only a key; the file's own name is a number.
-                tar::EntryType::Regular => {
-                    let to = spool.path().join(paths.len().to_string());
-                    let mut out = File::create(&to).at(&to)?;
-                    std::io::copy(&mut entry, &mut out).at(&to)?;
-                    paths.insert(name, to);
-                }
-                // docker save names a layer that two images share by a link.
-                tar::EntryType::Symlink | tar::EntryType::Link => {
-                    let to =
-                        entry.link_name().map_err(bad)?.unwrap_or_default().to_string_lossy().into_owned();
-                    links.push((name, to));
-                }
-                _ => {}
-            }
-        }
-        for (name, to) in links {
-            let to = to.trim_start_matches("../");
-            if let Some(file) = paths.get(to).cloned() {
-                paths.insert(name, file);
-            }
-        }
-        Ok(Self { paths, _spool: Some(spool) })
+    fn open(path: &Path) -> Result<Self> {
+        let parts = if path.is_dir() { layout(path)? } else { archive(path)? };
+        Ok(Self { parts, _saved: None })
     }
 
-    fn path(&self, name: &str) -> Result<&PathBuf> {
-        self.paths.get(name).ok_or_else(|| damaged(format!("{name} is missing in the archive")))
+    fn part(&self, name: &str) -> Result<&Part> {
+        self.parts.get(name).ok_or_else(|| damaged(format!("{name} is missing in the archive")))
     }
 
     fn json(&self, name: &str) -> Result<Vec<u8>> {
-        let path = self.path(name)?;
-        let mut bytes = Vec::new();
-        File::open(path).at(path)?.take(MAX_JSON).read_to_end(&mut bytes).at(path)?;
-        Ok(bytes)
+        self.part(name)?.start(MAX_JSON)
     }
+}
+
+/// A folder in OCI image layout.
+fn layout(dir: &Path) -> Result<HashMap<String, Part>> {
+    let mut parts = HashMap::new();
+    let blobs = dir.join("blobs/sha256");
+    let entries = std::fs::read_dir(&blobs).map_err(|e| source_file(&blobs, e))?;
+    let names = entries.map(|e| Ok(format!("blobs/sha256/{}", e.at(&blobs)?.file_name().to_string_lossy())));
+    for name in names.chain(["index.json"].map(|n| Ok(n.to_owned()))) {
+        let name = name?;
+        let path = dir.join(&name);
+        if let Ok(meta) = path.metadata() {
+            parts.insert(name, Part { path, offset: 0, size: meta.len() });
+        }
+    }
+    Ok(parts)
+}
+
+fn archive(path: &Path) -> Result<HashMap<String, Part>> {
+    let file = File::open(path).map_err(|e| source_file(path, e))?;
+    let len = file.metadata().at(path)?.len();
+    let bad = |e: std::io::Error| {
+        let e = Code::Source.err(format!(
+            "{}: not an image archive: {}",
+            path.display(),
+            e.to_string().escape_default()
+        ));
+        e.cure("expected a tar as `docker save` or `skopeo copy … oci-archive:` writes it, not compressed")
+    };
+    let (mut parts, mut links) = (HashMap::new(), Vec::new());
+    let mut archive = tar::Archive::new(file);
+    for entry in archive.entries_with_seek().map_err(bad)? {
+        let entry = entry.map_err(bad)?;
+        let name = entry.path().map_err(bad)?.to_string_lossy().trim_start_matches("./").to_owned();
+        match entry.header().entry_type() {
+            tar::EntryType::Regular => {
+                let (offset, size) = (entry.raw_file_position(), entry.size());
+                if offset.checked_add(size).is_none_or(|end| end > len) {
+                    return Err(bad(ErrorKind::UnexpectedEof.into()));
+                }
+                parts.insert(name, Part { path: path.to_owned(), offset, size });
+            }
+            // docker save names a layer that two images share by a link.
+            tar::EntryType::Symlink | tar::EntryType::Link => {
+                let to = entry.link_name().map_err(bad)?.unwrap_or_default().to_string_lossy().into_owned();
+                links.push((name, to));
+            }
+            _ => {}
+        }
+    }
+    for (name, to) in links {
+        if let Some(part) = parts.get(to.trim_start_matches("../")).cloned() {
+            parts.insert(name, part);
+        }
+    }
+    Ok(parts)
 }
 
 pub(super) fn damaged(what: impl Into<String>) -> Error {
@@ -261,6 +285,26 @@ struct Saved {
     layers: Vec<String>,
 }
 
+/// Of an image's config, what its layers are when plain.
+#[derive(Deserialize)]
+struct Ids {
+    rootfs: RootFs,
+}
+
+#[derive(Deserialize)]
+struct RootFs {
+    diff_ids: Vec<Digest>,
+}
+
+/// A layer as it goes into the bundle.
+struct Layer {
+    digest: Digest,
+    size: u64,
+    path: PathBuf,
+    media_type: &'static str,
+    unpacked: u64,
+}
+
 struct Resolve<'a> {
     source: &'a ImageSource,
     arch: &'a str,
@@ -273,7 +317,7 @@ struct Resolve<'a> {
 impl Resolve<'_> {
     fn run(mut self) -> Result<Image> {
         // Docker 25 and later write both; its OCI side may hold plain layers, so its own list is used.
-        if self.files.paths.contains_key("manifest.json") { self.saved() } else { self.oci() }
+        if self.files.parts.contains_key("manifest.json") { self.saved() } else { self.oci() }
     }
 
     /// A docker save archive becomes an OCI image manifest over gzipped layers.
@@ -285,70 +329,81 @@ impl Resolve<'_> {
         };
         let config = self.files.json(&saved.config)?;
         check_platform(&config, self.arch)?;
-        let mut layers = Vec::new();
-        let mut unpacked = 0;
-        for name in &saved.layers {
-            let path = self.files.path(name)?.clone();
-            let (digest, size, path, media_type, plain) = self.layer(&path)?;
-            unpacked += plain;
-            layers.push(json!({ "mediaType": media_type, "digest": digest, "size": size }));
-            self.blobs.add(digest, size, Role::ImageLayer, path);
+        let ids: Ids = serde_json::from_slice(&config).or_code(Code::Source, &saved.config)?;
+        let ids = ids.rootfs.diff_ids;
+        if ids.len() != saved.layers.len() {
+            let (named, there) = (ids.len(), saved.layers.len());
+            return Err(damaged(format!("the image's config names {named} layers, the archive has {there}")));
         }
+        let layers: Vec<_> = saved.layers.iter().zip(&ids).collect();
+        let pool = gzip::Pool::new();
+        let layers = try_each(&layers, |(name, id)| self.layer(name, id, &pool))?;
         let (config_digest, config_size, config_path) = self.cache.put(&config)?;
+        let list: Vec<Value> = layers
+            .iter()
+            .map(|l| json!({ "mediaType": l.media_type, "digest": l.digest, "size": l.size }))
+            .collect();
         let manifest = json!({
             "schemaVersion": 2,
             "mediaType": OCI_MANIFEST,
             "config": { "mediaType": OCI_CONFIG, "digest": config_digest, "size": config_size },
-            "layers": layers,
+            "layers": list,
         });
         let bytes = serde_json::to_vec(&manifest).expect("a manifest is plain data");
         let (manifest_digest, size, path) = self.cache.put(&bytes)?;
         self.blobs.add(config_digest.clone(), config_size, Role::ImageConfig, config_path);
         self.blobs.add(manifest_digest.clone(), size, Role::ImageManifest, path);
-        let layers = layers.iter().filter_map(|l| l["digest"].as_str()?.parse().ok()).collect();
+        let unpacked = layers.iter().map(|l| l.unpacked).sum();
+        let mut digests = Vec::new();
+        for Layer { digest, size, path, .. } in layers {
+            digests.push(digest.clone());
+            self.blobs.add(digest, size, Role::ImageLayer, path);
+        }
         Ok(Image {
             reference: self.source.reference.clone(),
             media_type: OCI_MANIFEST.into(),
             manifest: manifest_digest,
             config: config_digest,
-            layers,
+            layers: digests,
             index: None,
             unpacked,
         })
     }
 
-    /// One layer of a docker save archive: kept when compressed, else gzipped (once, see the cache).
-    fn layer(&self, path: &Path) -> Result<(Digest, u64, PathBuf, &'static str, u64)> {
-        let mut magic = [0u8; 4];
-        let n = File::open(path).at(path)?.read(&mut magic).at(path)?;
-        let kept = match &magic[..n] {
+    /// One layer of a docker save archive: kept when compressed, else gzipped (once, see the cache). `id` is the digest
+    /// that it has plain, as the image's config says.
+    fn layer(&self, name: &str, id: &Digest, pool: &gzip::Pool) -> Result<Layer> {
+        let part = self.files.part(name)?;
+        let kept = match part.start(4)?.as_slice() {
             [0x1f, 0x8b, ..] => Some(OCI_LAYER_GZIP),
             [0x28, 0xb5, 0x2f, 0xfd] => Some(OCI_LAYER_ZSTD),
             _ => None,
         };
-        let (plain, plain_size) = hash_file(path)?;
         if let Some(media_type) = kept {
-            let (digest, size, path) = self.keep_copy(path)?;
-            return Ok((digest, size, path, media_type, 3 * plain_size));
+            let (temp, digest, size) = self.cache.copy(part.open()?)?;
+            let path = self.cache.keep(temp, &digest)?;
+            return Ok(Layer { digest, size, path, media_type, unpacked: 3 * size });
         }
-        if let Some((digest, size, path)) = self.cache.gzipped(&plain)? {
-            return Ok((digest, size, path, OCI_LAYER_GZIP, plain_size));
+        let (media_type, unpacked) = (OCI_LAYER_GZIP, part.size);
+        if let Some((digest, size, path)) = self.cache.gzipped(id)? {
+            return Ok(Layer { digest, size, path, media_type, unpacked });
         }
-        let bar = self.ui.bytes(format!("gzip {}", self.source.reference), plain_size);
+        let bar = self.ui.bytes(format!("gzip {}", self.source.reference), part.size);
         let temp = self.cache.temp()?;
-        let out = temp.as_file().try_clone().at(temp.path())?;
-        gzip::compress(bar.wrap_read(File::open(path).at(path)?), std::io::BufWriter::new(out))
-            .at(temp.path())?;
+        let tmp = temp.path().to_owned();
+        let mut gzip = pool.compress(Hashing::new(temp));
+        let (found, _) =
+            Digest::of_reader(bar.wrap_read(part.open()?), |piece| gzip.write_all(piece)).at(&tmp)?;
+        let (temp, digest, size) = gzip.finish().at(&tmp)?.finish();
         bar.finish_and_clear();
-        let (digest, size, path) = self.cache.keep(temp)?;
-        self.cache.note_gzipped(&plain, &digest)?;
-        Ok((digest, size, path, OCI_LAYER_GZIP, plain_size))
-    }
-
-    fn keep_copy(&self, path: &Path) -> Result<(Digest, u64, PathBuf)> {
-        let mut temp = self.cache.temp()?;
-        std::io::copy(&mut File::open(path).at(path)?, &mut temp).at(path)?;
-        self.cache.keep(temp)
+        if found != *id {
+            return Err(damaged(format!(
+                "layer {name} has {found}, the image's config (rootfs.diff_ids) says {id}"
+            )));
+        }
+        let path = self.cache.keep(temp, &digest)?;
+        self.cache.note_gzipped(id, &digest)?;
+        Ok(Layer { digest, size, path, media_type, unpacked })
     }
 
     /// An OCI layout keeps every byte.
@@ -360,25 +415,23 @@ impl Resolve<'_> {
         let bytes = self.files.json(&blob_name(&digest))?;
         let image = OciImage::parse(digest.clone(), media_type, index, &bytes)?;
         check_platform(&self.files.json(&blob_name(image.config()))?, self.arch)?;
-        let mut kept = HashMap::from([(digest.clone(), self.keep(&digest)?)]);
-        for digest in image.blobs().into_keys() {
-            kept.insert(digest.clone(), self.keep(digest)?);
-        }
+        let wanted: Vec<Digest> = image.blobs().into_keys().chain([&digest]).cloned().collect();
+        let kept = try_each(&wanted, |digest| self.keep(digest))?;
+        let kept: HashMap<_, _> = wanted.into_iter().zip(kept).collect();
         Ok(image.enter(self.source, &kept, self.blobs))
     }
 
     /// Into the cache, unless it is there.
     fn keep(&self, digest: &Digest) -> Result<(u64, PathBuf)> {
-        let from = self.files.path(&blob_name(digest))?;
+        let from = self.files.part(&blob_name(digest))?;
         if let Some((path, size)) = self.cache.get(digest)? {
             return Ok((size, path));
         }
-        let (found, _) = hash(File::open(from).at(from)?).at(from)?;
+        let (temp, found, size) = self.cache.copy(from.open()?)?;
         if found != *digest {
             return Err(damaged(format!("blob {digest} has other bytes than its name says")));
         }
-        let (_, size, path) = self.keep_copy(from)?;
-        Ok((size, path))
+        Ok((size, self.cache.keep(temp, digest)?))
     }
 
     /// The manifest for our platform: by platform through nested indexes, by name among several.

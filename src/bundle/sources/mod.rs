@@ -31,6 +31,15 @@ impl Blobs {
         }
     }
 
+    pub fn extend(&mut self, more: Blobs) {
+        let Blobs { list, mut paths } = more;
+        for Blob { digest, size, role } in list {
+            if let Some(path) = paths.remove(&digest) {
+                self.add(digest, size, role, path);
+            }
+        }
+    }
+
     pub fn into_sorted(mut self) -> (Vec<Blob>, HashMap<Digest, PathBuf>) {
         sort_blobs(&mut self.list);
         (self.list, self.paths)
