@@ -480,6 +480,10 @@ fn a_source_that_is_not_what_was_asked_for_stops_the_pack() {
     docker_archive(&site.path("good.tar"), "amd64", &[layer(1, 100)]);
     let good = fs::read(site.path("good.tar")).unwrap();
     site.write("zipped.tar", &gzip(&good));
+    let mut bent = good.clone();
+    let data = bent.windows(8).rposition(|w| w == b"data.bin").unwrap() + 600;
+    bent[data] ^= 1;
+    site.write("bent.tar", &bent);
     site.write("cut.tar", &good[..good.len() / 2]);
     site.write("text.tar", &b"no archive at all\n".repeat(100));
     site.write("empty.tar", b"");
@@ -490,6 +494,7 @@ fn a_source_that_is_not_what_was_asked_for_stops_the_pack() {
         ("oci", "bent", "other bytes than its name says"),
         ("docker-archive", "zipped.tar", "not an image archive"),
         ("docker-archive", "cut.tar", "cut.tar"),
+        ("docker-archive", "bent.tar", "the image's config (rootfs.diff_ids) says sha256:"),
         ("oci", "text.tar", "not an image archive"),
         ("oci", "empty.tar", "is missing in the archive"),
         ("oci", "hollow", "hollow"),

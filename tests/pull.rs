@@ -7,6 +7,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Stdio;
 use std::thread;
+use std::time::Duration;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -67,6 +68,12 @@ fn pack(site: &Site, body: &str, out: &str) -> Outcome {
     done
 }
 
+/// Bytes of all files in a folder.
+fn size_of(dir: &Path) -> u64 {
+    let files = fs::read_dir(dir).into_iter().flatten().flatten();
+    files.filter_map(|file| file.metadata().ok()).map(|meta| meta.len()).sum()
+}
+
 /// SHA-256 of the bundle in a folder.
 fn sum(site: &Site, folder: &str) -> String {
     sha256(&fs::read(site.path(folder).join("demo-1.zd.tar")).unwrap())
@@ -110,6 +117,12 @@ fn a_pull_that_is_cut_goes_on_and_makes_the_same_bundle() {
             zd.env("ZD_CACHE_DIR", site.path("cache")).env("DOCKER_CONFIG", site.path("docker"));
             let mut zd = zd.spawn().unwrap();
             way.wait_for_break();
+            // What came has reached its disk, but for the last record of each connection.
+            let kept = || size_of(&site.path("cache/partial")) + size_of(&site.path("cache/blobs/sha256"));
+            while kept() < all as u64 / 2 - 200_000 {
+                assert!(zd.try_wait().unwrap().is_none(), "it gave up");
+                thread::sleep(Duration::from_millis(5));
+            }
             zd.kill().unwrap();
             zd.wait().unwrap();
             assert!(entries(&site.path(out)).is_empty(), "a bundle of half an image");

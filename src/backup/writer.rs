@@ -14,6 +14,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::index::{INDEX, Index};
 use super::key::Recipient;
+use crate::bundle::hashing::Hashing;
 use crate::bundle::sources::url::chain;
 use crate::error::{At, Code, OrCode, Result};
 use crate::host::fs as hostfs;
@@ -27,7 +28,7 @@ pub fn partial(folder: &Path, index: &Index) -> PathBuf {
 }
 
 pub struct Writer {
-    out: StreamWriter<Hashed>,
+    out: StreamWriter<Hashing<BufWriter<File>>>,
     at: Timestamp,
     partial: PathBuf,
     path: PathBuf,
@@ -40,26 +41,6 @@ pub struct Written {
     pub digest: Digest,
 }
 
-/// Goes into the file, and through a hash.
-struct Hashed {
-    file: BufWriter<File>,
-    hash: Sha256,
-    bytes: u64,
-}
-
-impl Write for Hashed {
-    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
-        let n = self.file.write(buffer)?;
-        self.hash.update(&buffer[..n]);
-        self.bytes += n as u64;
-        Ok(n)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.file.flush()
-    }
-}
-
 impl Writer {
     /// Begins with the index.
     pub fn begin(folder: &Path, name: &str, recipient: &Recipient, index: &Index) -> Result<Self> {
@@ -70,7 +51,7 @@ impl Writer {
         let key = recipient.key()?;
         let encryptor = Encryptor::with_recipients(std::iter::once(&key as &dyn age::Recipient))
             .or_code(Code::Bug, "encrypting")?;
-        let hashed = Hashed { file: BufWriter::new(file), hash: Sha256::new(), bytes: 0 };
+        let hashed = Hashing::new(BufWriter::new(file));
         let out = encryptor.wrap_output(hashed).at(&partial)?;
         let mut writer = Self { out, at: index.at, partial, path };
         let bytes = serde_json::to_vec_pretty(index).or_code(Code::Bug, "the index of a backup")?;
@@ -143,11 +124,11 @@ impl Writer {
     /// Ends the file, forces it to disk and gives it its name.
     pub fn finish(mut self) -> Result<Written> {
         self.write(&[0; 2 * BLOCK])?;
-        let Hashed { file, hash, bytes } = self.out.finish().at(&self.partial)?;
+        let (file, digest, bytes) = self.out.finish().at(&self.partial)?.finish();
         let file = file.into_inner().map_err(io::IntoInnerError::into_error).at(&self.partial)?;
         file.sync_all().at(&self.partial)?;
         fs::rename(&self.partial, &self.path).at(&self.path)?;
         hostfs::sync_dir(self.path.parent().unwrap_or(Path::new("/")))?;
-        Ok(Written { path: self.path, bytes, digest: Digest::from_hash(&hash.finalize()) })
+        Ok(Written { path: self.path, bytes, digest })
     }
 }

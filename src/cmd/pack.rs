@@ -1,6 +1,7 @@
 //! `zd pack`: manifest -> resolve sources -> lock -> sign -> write a folder for the stick.
 
 use std::fs;
+use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
@@ -256,13 +257,15 @@ async fn resolve_file(
     Ok(lock::File { name: source.name.clone(), digest })
 }
 
-/// What lies beside the bundle: zd itself, the public key, instructions, and sums for `sha256sum -c`.
+/// What lies beside the bundle: zd itself, the public key, instructions, and sums for `sha256sum -c`. A stick is pulled
+/// out: what was said to be packed is on it, file by file, for the whole file system may hold much of others.
 fn write_companions(folder: &Path, bundle: &Path, digest: &Digest, key: &Key) -> Result<()> {
     let own = std::env::current_exe().at("the running zd")?;
     let tool = folder.join("zd");
     let temp = tempfile::NamedTempFile::new_in(folder).at(folder)?;
     fs::copy(&own, temp.path()).at(temp.path())?;
     fs::set_permissions(temp.path(), fs::Permissions::from_mode(0o755)).at(temp.path())?;
+    temp.as_file().sync_all().at(temp.path())?;
     temp.persist(&tool).map_err(|e| crate::error::io(&tool, e.error))?;
 
     let fingerprint = format!(
@@ -280,14 +283,17 @@ fn write_companions(folder: &Path, bundle: &Path, digest: &Digest, key: &Key) ->
     sums.push_str(&format!("{}  zd\n", hash_file(&tool)?.0.hex()));
     for (name, text) in texts {
         let path = folder.join(name);
-        fs::write(&path, &text).at(&path)?;
+        write_through(&path, &text)?;
         sums.push_str(&format!("{}  {name}\n", Digest::of(text.as_bytes()).hex()));
     }
     let path = folder.join("SHA256SUMS");
-    fs::write(&path, sums).at(&path)?;
-    // A stick is pulled out: what was said to be packed must be on it.
-    let dir = fs::File::open(folder).at(folder)?;
-    rustix::fs::syncfs(&dir).map_err(|e| crate::error::io(folder, e.into()))
+    write_through(&path, &sums)?;
+    fs::File::open(folder).and_then(|dir| dir.sync_all()).at(folder)
+}
+
+fn write_through(path: &Path, text: &str) -> Result<()> {
+    let mut file = fs::File::create(path).at(path)?;
+    file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).at(path)
 }
 
 fn name_of(path: &Path) -> String {

@@ -20,6 +20,9 @@ use crate::error::{At, Code, Error, Result};
 use crate::ids::Digest;
 use crate::ui::Ui;
 
+/// Beside `status`: of which package lists that is the base.
+const BASE_OF: &str = "status.of";
+
 /// Resolves and downloads; returns the apt index over the packages and the packages.
 pub fn resolve(
     packages: &Packages,
@@ -46,7 +49,12 @@ pub fn resolve(
     let mut install = vec!["install", "-qq", "--print-uris", "-o", &nothing_yet];
     install.extend(wanted.iter().map(|s| s.as_str()));
     let listing = apt.run("apt-get", &install)?;
-    let files: Vec<&str> = listing.lines().filter_map(|l| l.split_whitespace().nth(1)).collect();
+    // 'URI' FILE SIZE HASH
+    let listed = |line| {
+        let mut fields = str::split_whitespace(line).skip(1);
+        Some((fields.next()?, fields.next()?.parse().ok()?))
+    };
+    let files: Vec<(&str, u64)> = listing.lines().filter_map(listed).collect();
     if files.is_empty() {
         return Err(Code::Source
             .err(format!(
@@ -55,7 +63,10 @@ pub fn resolve(
             ))
             .cure("leave these out of the manifest's packages"));
     }
-    apt.download(&wanted, files.len(), ui)?;
+    if !files.iter().all(|(file, size)| apt.archive(file).metadata().is_ok_and(|m| m.len() == *size)) {
+        apt.download(&wanted, files.len(), ui)?;
+    }
+    let files: Vec<&str> = files.into_iter().map(|(file, _)| file).collect();
     let (index, debs) = apt.index(&files, cache, &mut blobs)?;
     ui.done(format!("{} packages for {target}", debs.len()));
     Ok((Some(index), debs, blobs))
@@ -80,7 +91,6 @@ impl Apt {
             let dir = root.join(dir);
             fs::create_dir_all(&dir).at(&dir)?;
         }
-        write(&root.join("status"), "")?;
         let sources = match &packages.sources {
             Some(path) => fs::read_to_string(path).at(path)?,
             None => own_sources(target)?,
@@ -93,6 +103,10 @@ impl Apt {
             } else if path.exists() {
                 fs::remove_file(&path).at(&path)?;
             }
+        }
+        for name in ["status", BASE_OF] {
+            let path = root.join(name);
+            fs::OpenOptions::new().append(true).create(true).open(&path).at(&path)?;
         }
         let dir = root.display();
         let arch = target.deb_arch()?;
@@ -109,6 +123,11 @@ impl Apt {
             ),
         )?;
         Ok(Self { root, config, _lock: held })
+    }
+
+    /// A package's file, once it is downloaded.
+    fn archive(&self, file: &str) -> PathBuf {
+        self.root.join("archives").join(file)
     }
 
     fn command(&self, program: &str) -> Command {
@@ -128,8 +147,15 @@ impl Apt {
         Ok(String::from_utf8_lossy(&out.stdout).into_owned())
     }
 
-    /// Takes the base system of the release as installed, so that the closure leaves it out.
+    /// Takes the base system of the release as installed, so that the closure leaves it out. That takes apt longer than
+    /// all else; nothing comes of it while the package lists are those of the last time.
     fn assume_base(&self) -> Result<()> {
+        let (note, lists) = (self.root.join(BASE_OF), self.lists()?);
+        if fs::read_to_string(&note).at(&note)? == lists.as_str() {
+            return Ok(());
+        }
+        write(&note, "")?;
+        write(&self.root.join("status"), "")?;
         let plan = self.run("apt-get", &["-s", "-qq", "install", "?essential", "?priority(required)"])?;
         let base: Vec<String> = simulated(&plan).map(|(name, version)| format!("{name}={version}")).collect();
         let mut args = vec!["show"];
@@ -142,7 +168,29 @@ impl Apt {
                 status.push_str("Status: install ok installed\n");
             }
         }
-        write(&self.root.join("status"), &status)
+        write(&self.root.join("status"), &status)?;
+        write(&note, lists.as_str())
+    }
+
+    /// Names the package lists: by the sources, and by the Release files, which have the sums of all lists.
+    fn lists(&self) -> Result<Digest> {
+        let mut paths = Vec::new();
+        for dir in ["etc", "lists"] {
+            let dir = self.root.join(dir);
+            for entry in fs::read_dir(&dir).at(&dir)? {
+                let path = entry.at(&dir)?.path();
+                let name = path.to_string_lossy();
+                if [".list", ".sources", "Release"].iter().any(|end| name.ends_with(end)) {
+                    paths.push(path);
+                }
+            }
+        }
+        paths.sort();
+        let mut all = Vec::new();
+        for path in paths {
+            all.extend(fs::read(&path).at(&path)?);
+        }
+        Ok(Digest::of(&all))
     }
 
     fn download(&self, wanted: &[&String], count: usize, ui: &Ui) -> Result<()> {
@@ -193,7 +241,7 @@ impl Apt {
                 index.push('\n');
             }
             index.push('\n');
-            let path = self.root.join("archives").join(file);
+            let path = self.archive(file);
             let (digest, size) = hash_file(&path)?;
             if !stanza.contains(digest.hex()) {
                 return Err(Code::Source

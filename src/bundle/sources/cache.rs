@@ -11,6 +11,10 @@ use crate::bundle::hashing::Hashing;
 use crate::error::{At, Code, Result};
 use crate::ids::Digest;
 
+/// Notes of what plain layers became. Another folder whenever they become something else: a cache that an earlier zd
+/// filled must not change a bundle.
+const GZIPPED: &str = "gzip-2";
+
 #[derive(Clone)]
 pub struct Cache {
     root: PathBuf,
@@ -25,7 +29,7 @@ impl Cache {
             .or_else(|| var("HOME").map(|d| d.join(".cache/zd")))
             .ok_or_else(|| Code::Usage.err("no cache folder: HOME is not set").cure("set ZD_CACHE_DIR"))?;
         let cache = Self { root };
-        for dir in ["blobs/sha256", "gzip", "tmp"] {
+        for dir in ["blobs/sha256", GZIPPED, "tmp"] {
             let dir = cache.root.join(dir);
             fs::create_dir_all(&dir).at(&dir)?;
         }
@@ -104,7 +108,7 @@ impl Cache {
 
     /// The compressed layer that an uncompressed one became earlier.
     pub fn gzipped(&self, plain: &Digest) -> Result<Option<(Digest, u64, PathBuf)>> {
-        let note = self.root.join("gzip").join(plain.hex());
+        let note = self.root.join(GZIPPED).join(plain.hex());
         let Ok(text) = fs::read_to_string(&note) else { return Ok(None) };
         let Ok(digest) = text.trim().parse::<Digest>() else { return Ok(None) };
         Ok(self.get(&digest)?.map(|(path, size)| (digest, size, path)))
@@ -113,7 +117,7 @@ impl Cache {
     pub fn note_gzipped(&self, plain: &Digest, gzipped: &Digest) -> Result<()> {
         let mut temp = self.temp()?;
         temp.write_all(gzipped.as_str().as_bytes()).at(temp.path())?;
-        let note = self.root.join("gzip").join(plain.hex());
+        let note = self.root.join(GZIPPED).join(plain.hex());
         temp.persist(&note).map_err(|e| crate::error::io(&note, e.error))?;
         Ok(())
     }

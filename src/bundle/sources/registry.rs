@@ -30,7 +30,7 @@ use crate::error::{At, Code, OrCode, Result, source_file};
 use crate::ids::Digest;
 use crate::ui::Ui;
 
-/// Blobs under way at once: more take no less time, and some registries refuse them.
+/// Blobs under way at once; Docker fetches three, skopeo six.
 const AT_ONCE: usize = 4;
 const ACCEPTED: [&str; 4] = [
     OCI_IMAGE_MEDIA_TYPE,
