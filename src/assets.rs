@@ -32,6 +32,8 @@ pub const REGISTRY_UNIT: &str = include_str!("../systemd-units/zd-registry.servi
 pub const REGISTRY_PUSH_UNIT: &str = include_str!("../systemd-units/zd-registry-push.service");
 /// HashiCorp's public key, as HashiCorp publishes it; its fingerprint is pinned in `sources::openpgp`.
 pub const HASHICORP_KEY: &str = include_str!("../bundle/hashicorp.asc");
+/// Which versions of HashiCorp's programs may follow which; read by `bundle::versions`.
+pub const VERSIONS: &str = include_str!("../bundle/versions.toml");
 pub const REPORT: &str = include_str!("report.html.j2");
 pub const INSTALL: &str = include_str!("../INSTALL.md");
 pub const INSTALL_KO: &str = include_str!("../INSTALL.ko.md");

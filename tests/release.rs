@@ -210,6 +210,42 @@ fn what_is_unsigned_says_so() {
 }
 
 #[test]
+fn versions_that_an_upgrade_goes_through_are_carried_too() {
+    let site = Site::new();
+    let (stone, more) = (noise(63, 200_000), format!("{UNSIGNED}via = [\"1.4.14\"]\n"));
+    fs::create_dir_all(site.path("built/nomad/1.6.1")).unwrap();
+    site.write("built/nomad/1.6.1/nomad", &binary());
+    pack(&site, &more, "built").refused(SOURCE, &["nomad 1.4.14", "built/nomad/1.4.14/nomad"]);
+    fs::create_dir_all(site.path("built/nomad/1.4.14")).unwrap();
+    site.write("built/nomad/1.4.14/nomad", &stone);
+    let said = pack(&site, &more, "built").good();
+    for line in [
+        "upgrades     to nomad 1.6.1 from 1.3 1.4 1.5 1.6\n",
+        "not from, unless via has these too: 1.1 (1.3.x), 1.2 (1.3.x)\n",
+    ] {
+        assert!(said.stdout.contains(line), "{said:#?}");
+    }
+    assert!(said.stderr.contains("release nomad 1.4.14: UNSIGNED"), "{said:#?}");
+    let in_lock = |version: &str, bytes: &[u8]| {
+        let digest = format!("sha256:{}", sha256(bytes));
+        json!({
+            "product": "nomad", "version": version, "unsigned": true, "archive": null, "signed-by": null,
+            "digest": digest,
+        })
+    };
+    let mut expected = in_lock("1.6.1", &binary());
+    expected["via"] = json!([in_lock("1.4.14", &stone)]);
+    assert_eq!(the_release(&site), expected);
+    let shown = site.zd(&["inspect", "stick/demo-1.zd.tar"]).good().stdout;
+    assert!(shown.contains("release nomad 1.4.14: UNSIGNED"), "{shown}");
+
+    // A binary that only has the program's name is of one version.
+    fs::create_dir(site.path("plain")).unwrap();
+    site.write("plain/nomad", &binary());
+    pack(&site, &more, "plain").refused(SOURCE, &["nomad 1.4.14", "plain/nomad/1.4.14/nomad"]);
+}
+
+#[test]
 fn files_come_from_the_mirror_as_well() {
     let (site, file) = (Site::new(), noise(62, 5000));
     let body = |sum: &str| {
@@ -347,7 +383,8 @@ fn a_plain_binary_is_not_taken_for_a_signed_one() {
     let texts = ["built/nomad/1.6.1/nomad_1.6.1_SHA256SUMS is not there", "only taken with unsigned = true"];
     site.write("built/nomad", b"anything");
     pack(&site, "", "built").refused(SOURCE, &texts);
-    pack(&site, UNSIGNED, "nowhere").refused(SOURCE, &["put the binary itself at nowhere/nomad"]);
+    pack(&site, UNSIGNED, "nowhere")
+        .refused(SOURCE, &["put the binary itself at nowhere/nomad/1.6.1/nomad or nowhere/nomad,"]);
 }
 
 #[test]
@@ -358,6 +395,15 @@ fn a_lock_says_either_who_signed_or_that_nobody_did() {
     pack(&site, UNSIGNED, "built").good();
     let good = Parts::read(&site.bundle());
     let (key, print) = (site.path("zd.key"), "AB".repeat(20));
+    let release = good.lock()["releases"][0].clone();
+    let via = |changes: &[Value]| -> Value {
+        let stone = |change: &Value| {
+            let mut stone = release.clone();
+            stone.as_object_mut().unwrap().extend(change.as_object().unwrap().clone());
+            stone
+        };
+        json!({ "via": changes.iter().map(stone).collect::<Vec<_>>() })
+    };
     let cases = [
         (json!({ "unsigned": false }), "or the mark unsigned"),
         (json!({ "signed-by": print }), "or the mark unsigned"),
@@ -366,6 +412,10 @@ fn a_lock_says_either_who_signed_or_that_nobody_did() {
         (json!({ "product": "vault" }), "unknown variant"),
         (json!({ "run-me": "x" }), "unknown field"),
         (json!({ "digest": format!("sha256:{}", "00".repeat(32)) }), "not listed among the blobs"),
+        (via(&[json!({ "version": "1.6.1" })]), "via 1.6.1 is not in order"),
+        (via(&[json!({ "version": "1.5.1" }), json!({ "version": "1.4.1" })]), "via 1.4.1 is not in order"),
+        (via(&[json!({ "version": "1.5.1", "product": "consul" })]), "more than earlier versions of it"),
+        (via(&[json!({ "version": "1.5.1", "unsigned": false })]), "nomad 1.5.1: expected a signed archive"),
     ];
     for (change, text) in cases {
         let mut lock = good.lock();

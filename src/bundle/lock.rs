@@ -98,6 +98,36 @@ pub struct Release {
     pub signed_by: Option<Fingerprint>,
     /// The binary.
     pub digest: Digest,
+    /// Earlier versions that an upgrade goes through, oldest first, each a release of its own. Left out where there is
+    /// none, as in locks from before there were any.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub via: Vec<Release>,
+}
+
+impl Release {
+    fn problem(&self) -> Option<String> {
+        let Release { product, version, .. } = self;
+        let signed = self.signed_by.is_some();
+        if signed == self.unsigned || (signed && self.archive.is_none()) {
+            return Some(format!(
+                "release {product} {version}: expected a signed archive, or the mark unsigned"
+            ));
+        }
+        let mut before = None;
+        for stone in &self.via {
+            let numbers = Some(stone.version.numbers());
+            if stone.product != *product || !stone.via.is_empty() {
+                return Some(format!(
+                    "release {product} {version}: via holds more than earlier versions of it"
+                ));
+            }
+            if numbers <= before || numbers >= Some(version.numbers()) {
+                return Some(format!("release {product} {version}: via {} is not in order", stone.version));
+            }
+            before = numbers;
+        }
+        self.via.iter().find_map(Self::problem)
+    }
 }
 
 impl fmt::Display for Release {
@@ -191,11 +221,8 @@ impl Lock {
             if !products.insert(product) {
                 return Err(bad(format!("release {product} is listed twice")));
             }
-            let signed = release.signed_by.is_some();
-            if signed == release.unsigned || (signed && release.archive.is_none()) {
-                return Err(bad(format!(
-                    "release {product}: expected a signed archive, or the mark unsigned"
-                )));
+            if let Some(problem) = release.problem() {
+                return Err(bad(problem));
             }
         }
         Ok(lock)
@@ -212,7 +239,7 @@ impl Lock {
         let images = self.images.iter().flat_map(|i| [&i.manifest, &i.config].into_iter().chain(&i.layers));
         let debs = self.debs.iter().map(|d| &d.digest);
         let files = self.files.iter().map(|f| &f.digest);
-        let releases = self.releases.iter().map(|r| &r.digest);
+        let releases = self.programs().map(|r| &r.digest);
         images.chain(debs).chain(files).chain(releases).chain(&self.apt_index)
     }
 
@@ -222,6 +249,11 @@ impl Lock {
 
     pub fn image(&self, reference: &ImageRef) -> Option<&Image> {
         self.images.iter().find(|i| i.reference == *reference)
+    }
+
+    /// Every release that is carried, those that an upgrade goes through before the one that they lead to.
+    pub fn programs(&self) -> impl Iterator<Item = &Release> {
+        self.releases.iter().flat_map(|release| release.via.iter().chain([release]))
     }
 
     pub fn release(&self, product: Product) -> Option<&Release> {

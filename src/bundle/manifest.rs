@@ -14,6 +14,7 @@ use crate::ids::{Digest, Name, Version};
 
 pub use super::service::{Door, Inlet, LongLived, Service, Sessions, Tcp};
 use super::target::Target;
+use super::versions;
 
 /// Port of the private registry, where an install is not told another. Not 5000: that is the usual HSMS port
 /// of the equipment next to us.
@@ -217,11 +218,55 @@ pub struct FileSource {
 pub struct Release {
     pub product: Product,
     pub version: Version,
+    /// Earlier versions that an upgrade goes through where a host is too far behind, oldest first.
+    #[serde(default)]
+    pub via: Vec<Version>,
     /// Taken without any signature: the site answers for its own build. The lock says so.
     #[serde(default)]
     pub unsigned: bool,
     /// The site's own OpenPGP public key, for builds that the site signs; HashiCorp's where not given.
     pub key: Option<PathBuf>,
+}
+
+impl Release {
+    /// Those between, then the one that it is about.
+    pub fn versions(&self) -> impl Iterator<Item = &Version> {
+        self.via.iter().chain([&self.version])
+    }
+
+    fn via_problems(&self) -> Vec<String> {
+        let (product, rules) = (self.product, versions::rules(self.product));
+        let mut found = Vec::new();
+        if rules.is_free() && !self.via.is_empty() {
+            found.push(format!(
+                "release {product}: leave via out: it keeps no data, so any version may follow"
+            ));
+        }
+        let versions: Vec<&Version> = self.versions().collect();
+        for hop in versions.windows(2) {
+            let (from, to) = (hop[0], hop[1]);
+            if from.numbers() >= to.numbers() {
+                found.push(format!(
+                    "release {product}: via lists {from} before {to}; oldest first, all before {}",
+                    self.version
+                ));
+                continue;
+            }
+            match rules.route(from, to, []) {
+                Some(way) if way.missing.is_empty() => {}
+                Some(way) => found.push(format!(
+                    "release {product}: {to} does not follow {from}: add {} to via ({})",
+                    way.missing.join(", "),
+                    rules.pages(from, to)
+                )),
+                None => found.push(format!(
+                    "release {product}: this zd does not know whether {to} may follow {from} ({})",
+                    rules.pages(from, to)
+                )),
+            }
+        }
+        found
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, clap::ValueEnum)]
@@ -319,12 +364,15 @@ impl Manifest {
             if release.unsigned && release.key.is_some() {
                 found.push(format!("release {product}: give key or unsigned = true, not both"));
             }
-            if product == Product::Nomad && ["1.1.0", "1.1.1", "1.1.2"].contains(&release.version.as_str()) {
-                found.push(format!(
-                    "release nomad {}: it removes what runs when it is restarted (its issue 10907); use 1.1.3 or later",
-                    release.version
-                ));
+            for version in release.versions().filter(|_| product == Product::Nomad) {
+                if ["1.1.0", "1.1.1", "1.1.2"].contains(&version.as_str()) {
+                    found.push(format!(
+                        "release nomad {version}: it removes what runs when it is restarted (its issue 10907); \
+                         use 1.1.3 or later"
+                    ));
+                }
             }
+            found.extend(release.via_problems());
             if self.engine == Engine::Docker {
                 found.push(format!("release {product}: the docker engine runs none of them"));
             }
@@ -564,6 +612,41 @@ standby-listen = 8081
         assert!(both.contains("release consul-template: give key or unsigned = true, not both"), "{both}");
         let other = said(format!("{nomad}{}", releases(&["vault"])));
         assert!(other.contains("unknown variant `vault`"), "{other}");
+    }
+
+    #[test]
+    fn via_lists_versions_that_may_follow_each_other() {
+        let with = |product: &str, version: &str, via: &str| {
+            let nomad = GOOD.replace("[target]", "engine = \"nomad\"\n[target]");
+            let services = nomad.find("[[service]]").unwrap();
+            let release = format!("[[release]]\nproduct = {product:?}\nversion = {version:?}\nvia = {via}\n");
+            Manifest::parse(&format!("{}{release}", &nomad[..services]))
+        };
+        let good = with("nomad", "2.0.5", r#"["1.8.4", "1.10.5", "1.11.3"]"#).unwrap();
+        assert_eq!(good.releases[0].via.len(), 3);
+        for (product, version, via, why) in [
+            (
+                "nomad",
+                "2.0.5",
+                r#"["1.8.4", "1.11.3"]"#,
+                "1.11.3 does not follow 1.8.4: add 1.10.x to via (https://",
+            ),
+            ("nomad", "2.0.5", r#"["1.10.5"]"#, "2.0.5 does not follow 1.10.5: add 1.11.x to via"),
+            (
+                "nomad",
+                "1.8.4",
+                r#"["1.8.4"]"#,
+                "via lists 1.8.4 before 1.8.4; oldest first, all before 1.8.4",
+            ),
+            ("nomad", "1.10.5", r#"["1.9.0", "1.8.4"]"#, "via lists 1.9.0 before 1.8.4"),
+            ("nomad", "9.1.0", r#"["2.0.5"]"#, "this zd does not know whether 9.1.0 may follow 2.0.5"),
+            ("nomad", "1.3.1", r#"["1.1.2"]"#, "release nomad 1.1.2: it removes what runs"),
+            ("consul", "2.0.1", r#"["1.21.4"]"#, "2.0.1 does not follow 1.21.4: add 1.22.x to via"),
+            ("consul-template", "0.41.0", r#"["0.33.0"]"#, "release consul-template: leave via out"),
+        ] {
+            let said = with(product, version, via).unwrap_err().what;
+            assert!(said.contains(why), "{via}: {said}");
+        }
     }
 
     #[test]

@@ -12,6 +12,7 @@ pub mod service;
 pub mod signature;
 pub mod sources;
 pub mod target;
+pub mod versions;
 pub mod writer;
 
 pub use lock::Lock;

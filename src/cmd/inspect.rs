@@ -62,7 +62,7 @@ fn text(r: &Report) -> String {
             out.push_str(&format!(", {door} ({sessions})"));
         }
     }
-    for release in &lock.releases {
+    for release in lock.programs() {
         out.push_str(&format!("\n{release}"));
     }
     for (image, index) in lock.images.iter().filter_map(|i| Some((&i.reference, i.index.as_ref()?))) {
@@ -80,7 +80,7 @@ fn text(r: &Report) -> String {
     }
     let files = lock.files.iter().map(|f| (format!("file {}", f.name), String::new(), &f.digest));
     let debs = lock.debs.iter().map(|d| (format!("package {}", d.name), d.version.clone(), &d.digest));
-    let releases = lock.releases.iter().map(|r| {
+    let releases = lock.programs().map(|r| {
         let mark = if r.unsigned { " (UNSIGNED)" } else { "" };
         (format!("release {}{mark}", r.product), r.version.to_string(), &r.digest)
     });

@@ -10,16 +10,17 @@ use serde::Serialize;
 
 use crate::assets;
 use crate::bundle::lock::{self, Deb, Image, Lock, Role};
-use crate::bundle::manifest::{FileSource, Manifest, Packages, Service};
+use crate::bundle::manifest::{FileSource, Manifest, Packages, Product, Service};
 use crate::bundle::signature::{Key, Signer};
 use crate::bundle::sources::cache::{Cache, hash, hash_file};
 use crate::bundle::sources::place::Place;
 use crate::bundle::sources::url::{self, Wanted};
 use crate::bundle::sources::{Blobs, apt, hashicorp, image};
 use crate::bundle::target::Target;
+use crate::bundle::versions::{self, Series};
 use crate::bundle::writer;
 use crate::error::{At, Code, OrCode, Result, source_file};
-use crate::ids::Digest;
+use crate::ids::{Digest, Version};
 use crate::ui::Ui;
 
 /// Make a signed bundle and a folder ready for the stick (on a machine with a network)
@@ -54,6 +55,8 @@ struct Report {
     images: usize,
     packages: usize,
     releases: usize,
+    /// From which versions of HashiCorp's programs this bundle upgrades a host.
+    upgrades: Vec<Upgrades>,
     fingerprint: String,
     seconds: f64,
 }
@@ -87,7 +90,6 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
     for source in &manifest.releases {
         let mirror = args.mirror.as_ref();
         let release = hashicorp::resolve(source, target.deb_arch()?, mirror, &cache, &mut blobs, ui).await?;
-        ui.done(format!("{release}"));
         releases.push(release);
     }
 
@@ -125,16 +127,17 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
         bytes,
         images: lock.images.len(),
         packages: lock.debs.len(),
-        releases: lock.releases.len(),
+        releases: lock.programs().count(),
+        upgrades: upgrades(&lock),
         fingerprint: signer.key.fingerprint(),
         seconds: start.elapsed().as_secs_f64(),
     };
     ui.report(&report, |r| {
         format!(
             "packed {} for {}: {} images, {} packages, {} in {:.1} s\nfolder       {} (copy it whole)\nfingerprint  {}\n\
-             on site      sudo ./zd install --ip auto",
+             {}on site      sudo ./zd install --ip auto",
             lock.title(), lock.target, r.images, r.packages, bytesize::ByteSize(r.bytes), r.seconds,
-            r.folder.display(), r.fingerprint
+            r.folder.display(), r.fingerprint, r.upgrades.iter().map(Upgrades::text).collect::<String>()
         )
     });
     Ok(())
@@ -152,6 +155,60 @@ fn created() -> Result<Timestamp> {
             .err(format!("{VARIABLE}={}: expected seconds since 1970", given.display()))
             .cure("unset it, or set it to a time such as `git log -1 --format=%ct` prints")
     })
+}
+
+/// The installed versions that a program of the bundle is reached from.
+#[derive(Serialize)]
+struct Upgrades {
+    product: Product,
+    version: Version,
+    /// Release series, such as 1.10.
+    from: Vec<Series>,
+    not_from: Vec<NotFrom>,
+}
+
+#[derive(Serialize)]
+struct NotFrom {
+    series: Series,
+    /// To be added to `via`.
+    missing: Vec<String>,
+}
+
+impl Upgrades {
+    fn text(&self) -> String {
+        let list = |all: &[Series]| all.iter().map(Series::to_string).collect::<Vec<_>>().join(" ");
+        let mut text =
+            format!("upgrades     to {} {} from {}\n", self.product, self.version, list(&self.from));
+        let lacks: Vec<String> = self
+            .not_from
+            .iter()
+            .map(|start| format!("{} ({})", start.series, start.missing.join(" ")))
+            .collect();
+        if !lacks.is_empty() {
+            text.push_str(&format!(
+                "             not from, unless via has these too: {}\n",
+                lacks.join(", ")
+            ));
+        }
+        text
+    }
+}
+
+fn upgrades(lock: &Lock) -> Vec<Upgrades> {
+    let releases = lock.releases.iter().filter(|release| !versions::rules(release.product).is_free());
+    let of = |release: &lock::Release| {
+        let carried = release.via.iter().map(|stone| &stone.version);
+        let starts = versions::rules(release.product).starts(&release.version, carried);
+        let (from, not_from): (Vec<_>, Vec<_>) =
+            starts.into_iter().partition(|(_, missing)| missing.is_empty());
+        Upgrades {
+            product: release.product,
+            version: release.version.clone(),
+            from: from.into_iter().map(|(series, _)| series).collect(),
+            not_from: not_from.into_iter().map(|(series, missing)| NotFrom { series, missing }).collect(),
+        }
+    };
+    releases.map(of).collect()
 }
 
 fn read_manifest(args: &Args) -> Result<Manifest> {

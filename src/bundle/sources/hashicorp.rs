@@ -15,7 +15,7 @@ use crate::bundle::hashing::Hashing;
 use crate::bundle::lock::{self, Role};
 use crate::bundle::manifest::Release;
 use crate::error::{At, Code, Error, Result, io};
-use crate::ids::{Digest, Fingerprint};
+use crate::ids::{Digest, Fingerprint, Version};
 use crate::ui::Ui;
 
 const ORIGIN: &str = "https://releases.hashicorp.com";
@@ -26,6 +26,7 @@ const MAX_SIGNATURE: u64 = 64 << 10;
 /// Real binaries have up to some 200 MiB; more than this is a zip that means harm.
 const MAX_BINARY: u64 = 1 << 30;
 
+/// A release, and those that an upgrade goes through before it.
 pub async fn resolve(
     release: &Release,
     arch: &str,
@@ -34,7 +35,17 @@ pub async fn resolve(
     blobs: &mut Blobs,
     ui: &Ui,
 ) -> Result<lock::Release> {
-    let source = Source::new(release, arch, mirror, cache, ui);
+    let mut via = Vec::new();
+    for version in &release.via {
+        let source = Source::new(release, version, arch, mirror, cache, ui);
+        via.push(one(&source, blobs).await?);
+    }
+    let source = Source::new(release, &release.version, arch, mirror, cache, ui);
+    Ok(lock::Release { via, ..one(&source, blobs).await? })
+}
+
+async fn one(source: &Source<'_>, blobs: &mut Blobs) -> Result<lock::Release> {
+    let release = source.release;
     let (archive, signed_by, binary) = match source.plain() {
         Some(path) if release.unsigned => {
             let file = File::open(&path).at(&path)?;
@@ -49,18 +60,23 @@ pub async fn resolve(
     };
     let (digest, size, path) = binary;
     blobs.add(digest.clone(), size, Role::Binary, path);
-    Ok(lock::Release {
+    let found = lock::Release {
         product: release.product,
-        version: release.version.clone(),
+        version: source.version.clone(),
         unsigned: release.unsigned,
         archive,
         signed_by,
         digest,
-    })
+        via: Vec::new(),
+    };
+    source.ui.done(format!("{found}"));
+    Ok(found)
 }
 
 struct Source<'a> {
     release: &'a Release,
+    /// The release's own, or one of those before it.
+    version: &'a Version,
     /// `nomad 1.6.1`, for people.
     title: String,
     /// Names of the files at the origin.
@@ -74,14 +90,16 @@ struct Source<'a> {
 impl<'a> Source<'a> {
     fn new(
         release: &'a Release,
+        version: &'a Version,
         arch: &str,
         mirror: Option<&'a Place>,
         cache: &'a Cache,
         ui: &'a Ui,
     ) -> Self {
-        let (product, version) = (release.product, &release.version);
+        let product = release.product;
         Self {
             release,
+            version,
             title: format!("{product} {version}"),
             sums_file: format!("{product}_{version}_SHA256SUMS"),
             zip_file: format!("{product}_{version}_linux_{arch}.zip"),
@@ -92,14 +110,21 @@ impl<'a> Source<'a> {
     }
 
     fn place(&self, file: &str) -> Result<Place> {
-        let Release { product, version, .. } = self.release;
+        let (product, version) = (self.release.product, self.version);
         Place::of(&format!("{ORIGIN}/{product}/{version}/{file}"), self.mirror)
     }
 
     /// A binary that somebody built, in a folder of such.
     fn plain(&self) -> Option<PathBuf> {
         let Some(Place::Folder(dir)) = self.mirror else { return None };
-        Some(dir.join(self.release.product.as_str())).filter(|path| path.is_file())
+        self.plain_paths(dir).into_iter().find(|path| path.is_file())
+    }
+
+    /// Where that may be: in a folder of its version or, where there is one version only, by its name alone.
+    fn plain_paths(&self, dir: &Path) -> Vec<PathBuf> {
+        let name = self.release.product.as_str();
+        let of_version = dir.join(name).join(self.version.as_str()).join(name);
+        if self.release.via.is_empty() { vec![of_version, dir.join(name)] } else { vec![of_version] }
     }
 
     /// The sums, and who signed them. None only where they are neither there nor needed.
@@ -150,13 +175,13 @@ impl<'a> Source<'a> {
 
     fn missing(&self, place: &Place) -> Error {
         let e = Code::Source.err(format!("{}: {place} is not there", self.title));
-        let Release { product, unsigned, .. } = self.release;
         match self.mirror {
             None => e.cure("check the version in the manifest: the origin does not have this one"),
-            Some(Place::Folder(dir)) if *unsigned => e.cure(format!(
-                "put the binary itself at {}, or the zip at that path",
-                dir.join(product.as_str()).display()
-            )),
+            Some(Place::Folder(dir)) if self.release.unsigned => {
+                let paths = self.plain_paths(dir);
+                let paths: Vec<_> = paths.iter().map(|path| path.display().to_string()).collect();
+                e.cure(format!("put the binary itself at {}, or the zip at that path", paths.join(" or ")))
+            }
             Some(_) if self.plain().is_some() => {
                 e.cure("a binary without a signed zip is only taken with unsigned = true in the manifest")
             }
