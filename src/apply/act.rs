@@ -16,7 +16,8 @@ use crate::backup::index::{CONSUL_SNAPSHOT, Entry, NOMAD_SNAPSHOT};
 use crate::bundle::Bundle;
 use crate::bundle::manifest::{Engine, Product, Service};
 use crate::bundle::sources::cache::hash_file;
-use crate::error::{At, Code, Result};
+use crate::error::{At, Code, Error, Result};
+use crate::failpoint;
 use crate::host::config::Installed;
 use crate::host::docker::{Docker, Found};
 use crate::host::fs::UNFINISHED;
@@ -26,9 +27,10 @@ use crate::host::{
 };
 use crate::ids::{Digest, Name, Slot};
 use crate::plan::slot::{images, named_as};
-use crate::plan::{DataCopy, Process, Restored, Step, Text};
+use crate::plan::{DataCopy, Process, Restored, Standing, Step, Stone, Text};
 use crate::service::pointer::{self, Pointer};
 use crate::service::state::{Filled, State};
+use crate::service::watch::Watch;
 use crate::service::{health, reload, renew, switch};
 
 /// How long a job's containers may take to stop.
@@ -115,13 +117,12 @@ pub async fn act(step: &Step, host: &Host<'_>) -> Result<()> {
             systemd::enable(name).await?;
             systemd::start(name).await
         }
-        Step::Daemon { unit, files, data } => {
+        Step::Daemon { unit, files, via, data } => {
             if let Some(data) = data {
                 copy_data(unit, data).await?;
             }
-            files.iter().try_for_each(write)?;
-            systemd::enable(unit).await?;
-            take_up(unit).await
+            pass_stones(unit, files, via, host).await?;
+            run_with(unit, files).await
         }
         Step::Enabled { name } => systemd::enable(name).await,
         Step::Consul { node } => consul::set_up(node).await,
@@ -394,6 +395,61 @@ async fn copy_data(unit: &str, data: &DataCopy) -> Result<()> {
         hostfs::copy_tree(folder, &partial.join(folder.file_name().unwrap_or_default())).await?;
     }
     std::fs::rename(&partial, &data.copy).at(&data.copy)
+}
+
+async fn run_with(unit: &str, files: &[Text]) -> Result<()> {
+    files.iter().try_for_each(write)?;
+    systemd::enable(unit).await?;
+    take_up(unit).await
+}
+
+/// Runs the versions between, each until it serves as the one before did. A run that was killed goes on with the one
+/// whose unit is on disk: the data may be that one's already.
+async fn pass_stones(unit: &str, files: &[Text], via: &[Stone], host: &Host<'_>) -> Result<()> {
+    let is_on_disk = |files: &[Text]| -> Result<bool> {
+        let Some(unit) = files.last() else { return Ok(false) };
+        Ok(hostfs::read_if_any(&unit.path)?.is_some_and(|found| found == unit.text.as_bytes()))
+    };
+    if via.is_empty() || is_on_disk(files)? {
+        return Ok(());
+    }
+    let mut first = 0;
+    for (at, stone) in via.iter().enumerate() {
+        if is_on_disk(&stone.files)? {
+            first = at;
+        }
+    }
+    let installed = coming(host)?;
+    let containers = running(&installed).await?;
+    for Stone { version, files } in &via[first..] {
+        let start = Instant::now();
+        let pass = async {
+            run_with(unit, files).await?;
+            failpoint::reach(&format!("stone:{version}"));
+            match unit {
+                consul::UNIT => consul::set_up(&installed.host.node()).await?,
+                _ => {
+                    nomad::set_up().await?;
+                    nomad::still_runs(&containers).await?;
+                }
+            }
+            untouched(&containers).await?;
+            host.watch.map_or(Ok(()), Watch::verdict)
+        };
+        pass.await.map_err(|e: Error| e.during(version))?;
+        host.ui.done(format!("{unit} serves with {version} ({:.1} s)", start.elapsed().as_secs_f64()));
+    }
+    Ok(())
+}
+
+/// Containers of all slots.
+async fn running(installed: &Installed) -> Result<Vec<Standing>> {
+    let docker = Docker::connect().await?;
+    let mut running = Vec::new();
+    for (service, slot) in installed.lock.services.iter().flat_map(|s| Slot::BOTH.map(|slot| (s, slot))) {
+        running.extend(docker.standing(&service.name, slot).await?);
+    }
+    Ok(running)
 }
 
 /// Registers a slot's job when the one before has made room.

@@ -100,7 +100,7 @@ pub async fn check(step: &Step, host: &Host<'_>) -> Result<Check> {
                 Undo::StopUnit { name: name.clone(), was_enabled, was_active },
             )
         }
-        Step::Daemon { unit, files, data } => {
+        Step::Daemon { unit, files, data, .. } => {
             let mut undos = Vec::new();
             for text in files {
                 if let Check::Needed(undo) = file(text)? {

@@ -218,6 +218,13 @@ async fn carry_out(
     }
     findings.extend(preflight::stores(from).await?);
     findings.extend(planner::obstacles(&from.lock, &installed.lock, &packages));
+    findings.extend(match target.bundle {
+        Some(_) => planner::closes(&from.lock, &installed.lock),
+        None => {
+            let later = generation::later(installed.host.generation)?;
+            planner::way_back(&from.lock, &installed.lock, &later)
+        }
+    });
     // An earlier generation is gone back to on purpose.
     findings.retain(|f| target.bundle.is_some() || ![planner::SEQUENCE, planner::DROPPED].contains(&f.name));
     if let Some(bundle) = target.bundle.filter(|_| !target.resumed) {
@@ -418,8 +425,7 @@ pub async fn standing(from: &Installed, filled: &[(&Service, Slot)]) -> Result<V
     for service in &from.lock.services {
         let changes = |slot: &Slot| filled.iter().any(|(s, filled)| s.name == service.name && filled == slot);
         for slot in Slot::BOTH.into_iter().filter(|slot| !changes(slot)) {
-            let found = docker.of_slot(&service.name, slot).await?.into_iter().filter(|c| c.running);
-            standing.extend(found.map(|c| Standing { id: c.id, name: c.name, started_at: c.started_at }));
+            standing.extend(docker.standing(&service.name, slot).await?);
         }
     }
     Ok(standing)

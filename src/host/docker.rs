@@ -25,6 +25,7 @@ use super::config::HostConfig;
 use super::{paths, secrets};
 use crate::error::{Code, Error, Result};
 use crate::ids::{Digest, Name, Slot, Version};
+use crate::plan::Standing;
 
 /// The network that all containers of services are on.
 pub const NETWORK: &str = "zd";
@@ -203,6 +204,12 @@ impl Docker {
             found.extend(self.find(&id).await?.filter(|c| !c.name.ends_with(PARKED)));
         }
         Ok(found)
+    }
+
+    /// What runs in a slot now.
+    pub async fn standing(&self, service: &Name, slot: Slot) -> Result<Vec<Standing>> {
+        let running = self.of_slot(service, slot).await?.into_iter().filter(|c| c.running);
+        Ok(running.map(|c| Standing { id: c.id, name: c.name, started_at: c.started_at }).collect())
     }
 
     /// Removes all that is left of a slot.

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use jiff::Timestamp;
 use serde::Serialize;
@@ -50,6 +51,18 @@ pub fn all() -> Result<Vec<Generation>> {
     Ok(locks()?.into_iter().map(generation).collect())
 }
 
+/// Those that were installed after this one, each with the time since then.
+pub fn later(number: u32) -> Result<Vec<(Lock, Duration)>> {
+    let mut found = Vec::new();
+    for (later, lock, _) in locks()?.into_iter().filter(|(n, ..)| *n > number) {
+        let path = lock_file(later);
+        let written = std::fs::metadata(&path).and_then(|meta| meta.modified()).at(&path)?;
+        // By a clock that was set back since then nobody knows.
+        found.push((lock, written.elapsed().unwrap_or(Duration::MAX)));
+    }
+    Ok(found)
+}
+
 /// The lock of one generation, as its bundle had it.
 pub fn lock_bytes(number: u32) -> Result<Vec<u8>> {
     fs::read_if_any(&lock_file(number))?.ok_or_else(|| {
@@ -85,7 +98,7 @@ pub fn next(bundle: &Digest) -> Result<u32> {
 }
 
 /// Keeps the current one, the one `before` it, which is where a way back leads first, and the newest of the others;
-/// removes the rest, and the programs that only those had.
+/// removes the rest, and the programs that only those had or that an upgrade only went through.
 pub fn prune(before: u32) -> Result<Vec<u32>> {
     let (locks, current) = (locks()?, current());
     let needed = |n: &u32| current == Some(*n) || before == *n;

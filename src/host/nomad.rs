@@ -12,6 +12,7 @@ use super::secrets::{self, Token};
 use super::{exec, fs, paths, stores, systemd, until};
 use crate::error::{Code, OrCode, Result};
 use crate::ids::{Name, Slot};
+use crate::plan::Standing;
 
 pub const UNIT: &str = "nomad.service";
 const SNAPSHOT: &str = "/v1/operator/snapshot";
@@ -320,6 +321,25 @@ pub async fn allocation_ids(api: &Api, id: &str) -> Result<BTreeSet<String>> {
 pub async fn has_ended(api: &Api, id: &str) -> Result<bool> {
     let ended = |a: &Value| ["complete", "failed"].iter().any(|status| a["ClientStatus"] == *status);
     Ok(all_allocations(api, id).await?.iter().all(ended))
+}
+
+/// Waits until Nomad says of each of these containers that it runs it. Its docker driver names them after their
+/// allocations.
+pub async fn still_runs(containers: &[Standing]) -> Result<()> {
+    let api = connect()?;
+    systemd::until_serving(UNIT, READY, EVERY, async || {
+        let all = api.get("/v1/allocations").await?;
+        let runs = |a: &&Value| a["DesiredStatus"] == "run" && a["ClientStatus"] == "running";
+        let running = all.as_array().into_iter().flatten().filter(runs);
+        let running: Vec<&str> = running.filter_map(|a| a["ID"].as_str()).collect();
+        match containers.iter().find(|container| !running.iter().any(|id| container.name.ends_with(id))) {
+            None => Ok(()),
+            Some(Standing { name, .. }) => Err(Code::Stack
+                .err(format!("Nomad does not run the allocation of container {name} any more"))
+                .cure("zd logs nomad")),
+        }
+    })
+    .await
 }
 
 fn tasks(allocation: &Value) -> impl Iterator<Item = (&String, &Value)> {

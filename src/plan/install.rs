@@ -435,7 +435,7 @@ impl Builder<'_> {
     }
 
     pub(super) fn daemon(&mut self, unit: &str, files: Vec<Text>, data: Option<DataCopy>) {
-        self.push(Step::Daemon { unit: unit.into(), files, data });
+        self.push(Step::Daemon { unit: unit.into(), files, via: Vec::new(), data });
     }
 }
 

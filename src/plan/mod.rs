@@ -92,6 +92,8 @@ pub enum Step {
     Daemon {
         unit: String,
         files: Vec<Text>,
+        /// Versions to run before that, one after the other: it is too far from the present one.
+        via: Vec<Stone>,
         /// Where its program changes: what it wrote, copied before, for the way back.
         data: Option<DataCopy>,
     },
@@ -223,6 +225,14 @@ pub struct Text {
     pub text: String,
     pub mode: u32,
     pub owner: Option<String>,
+}
+
+/// A version of a daemon that an upgrade goes through.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Stone {
+    pub version: Version,
+    /// Its unit is the last: the one on disk says how far a run came that was killed.
+    pub files: Vec<Text>,
 }
 
 /// A package in another version.

@@ -5,22 +5,24 @@ use std::path::{Path, PathBuf};
 use serde_json::json;
 
 use super::install::{Builder, text_file, unit_file};
-use super::{DataCopy, Keep, Step, Text};
+use super::{DataCopy, Keep, Step, Stone, Text};
 use crate::assets;
 use crate::bundle::Lock;
 use crate::bundle::lock::Release;
 use crate::bundle::manifest::Product;
+use crate::bundle::versions;
 use crate::error::{Code, Result};
 use crate::host::config::{HostConfig, Installed};
 use crate::host::paths::{self, CONSUL_TEMPLATE_USER, CONSUL_USER};
 use crate::host::secrets::{Secret, Token};
 use crate::host::{consul, nginx, nomad};
+use crate::ids::Version;
 
 impl Builder<'_> {
     pub(super) fn programs(&mut self, installed: &Installed) {
         let releases = &installed.lock.releases;
-        let programs =
-            releases.iter().map(|r| (paths::program(r.product.as_str(), &r.digest), r.digest.clone()));
+        let carried = releases.iter().flat_map(|release| self.stones(release).into_iter().chain([release]));
+        let programs = carried.map(|r| (paths::program(r.product.as_str(), &r.digest), r.digest.clone()));
         self.push(Step::Files { path: paths::PROGRAMS.into(), files: programs.collect(), mode: 0o755 });
         let bin = paths::generation(installed.host.generation).join("bin");
         self.dir(&bin, 0o755);
@@ -42,25 +44,12 @@ impl Builder<'_> {
         }
         self.secret(Secret::ConsulPrivate { management: management(&installed.lock)? }, consul::UNIT);
         let node = installed.host.node();
-        let ip = installed.host.ip;
         if installed.lock.consul_https.is_some() {
-            self.secret(Secret::ConsulCertificate { ip: ip.into() }, consul::UNIT);
+            self.secret(Secret::ConsulCertificate { ip: installed.host.ip.into() }, consul::UNIT);
         }
-        let variables = json!({
-            "node": node,
-            "data": paths::CONSUL_DATA,
-            "ip": ip,
-            "https": installed.lock.consul_https,
-            "cert": paths::CONSUL_CERT,
-            "key": paths::CONSUL_KEY,
-        });
-        let mut config = assets::json("consul.json", assets::CONSUL_CONF, variables)?;
-        if series(&installed.lock, Product::Consul)? >= (1, 14) {
-            // A port more since then; older ones refuse a key that they do not know.
-            config["ports"]["grpc_tls"] = json!(-1);
-        }
-        let config = text_file(Path::new(etc).join("consul.json"), format!("{config:#}\n"));
-        self.stack_daemon(installed, Product::Consul, assets::CONSUL_UNIT, vec![config])?;
+        self.stack_daemon(installed, Product::Consul, assets::CONSUL_UNIT, |version| {
+            Ok(vec![consul_config(installed, version)?])
+        })?;
         if self.restored.is_some() {
             self.push(Step::Snapshot { product: Product::Consul });
         }
@@ -85,21 +74,9 @@ impl Builder<'_> {
         self.secret(Secret::NomadCertificate, nomad::UNIT);
         self.pulls(&installed.host);
         self.secret(Secret::NomadPrivate, nomad::UNIT);
-        let variables = json!({
-            "node": installed.host.node(),
-            "data": paths::NOMAD_DATA,
-            "docker_auth": paths::DOCKER_AUTH,
-            "ca": paths::CA,
-            "cert": paths::NOMAD_CERT,
-            "key": paths::NOMAD_KEY,
-        });
-        let mut config = assets::json("nomad.json", assets::NOMAD_CONF, variables)?;
-        if series(&installed.lock, Product::Nomad)? >= (1, 8) {
-            // Known since then, and else beside its data, where its unit cannot write.
-            config["client"]["alloc_mounts_dir"] = json!(Path::new(paths::NOMAD_DATA).join("alloc_mounts"));
-        }
-        let config = text_file(Path::new(etc).join("nomad.json"), format!("{config:#}\n"));
-        self.stack_daemon(installed, Product::Nomad, assets::NOMAD_UNIT, vec![config])?;
+        self.stack_daemon(installed, Product::Nomad, assets::NOMAD_UNIT, |version| {
+            Ok(vec![nomad_config(installed, version)?])
+        })?;
         if self.restored.is_some() {
             self.push(Step::Snapshot { product: Product::Nomad });
         }
@@ -132,7 +109,9 @@ impl Builder<'_> {
         let variables = json!({ "services": names, "templates": templates, "pools": paths::POOLS });
         let config = assets::json("consul-template.json", assets::CONSUL_TEMPLATE_CONF, variables)?;
         files.push(text_file(Path::new(etc).join("consul-template.json"), format!("{config:#}\n")));
-        self.stack_daemon(installed, Product::ConsulTemplate, assets::CONSUL_TEMPLATE_UNIT, files)?;
+        self.stack_daemon(installed, Product::ConsulTemplate, assets::CONSUL_TEMPLATE_UNIT, |_| {
+            Ok(files.clone())
+        })?;
         self.unit_file("zd-pools@.service", assets::POOLS_UNIT);
         self.unit_file("zd-pools@.path", assets::POOLS_PATH);
         for service in services {
@@ -150,20 +129,73 @@ impl Builder<'_> {
         Ok((before.digest != now.digest && !folders.is_empty()).then_some(DataCopy { folders, copy }))
     }
 
-    /// A daemon that runs a program of the bundle.
+    /// A daemon that runs a program of the bundle, with the configuration of its version.
     fn stack_daemon(
         &mut self,
         installed: &Installed,
         product: Product,
         template: &str,
-        mut files: Vec<Text>,
+        config: impl Fn(&Version) -> Result<Vec<Text>>,
     ) -> Result<()> {
         let unit = format!("{product}.service");
-        let program = program(release(&installed.lock, product)?);
-        files.push(unit_file(&unit, assets::render(&unit, template, json!({ "program": program }))?));
-        self.daemon(&unit, files, self.data_copy(installed, product)?);
+        let files = |release: &Release| -> Result<Vec<Text>> {
+            let mut files = config(&release.version)?;
+            let text = assets::render(&unit, template, json!({ "program": program(release) }))?;
+            files.push(unit_file(&unit, text));
+            Ok(files)
+        };
+        let release = release(&installed.lock, product)?;
+        let stone = |stone: &Release| Ok(Stone { version: stone.version.clone(), files: files(stone)? });
+        let via = self.stones(release).into_iter().map(stone).collect::<Result<_>>()?;
+        let (files, data) = (files(release)?, self.data_copy(installed, product)?);
+        self.push(Step::Daemon { unit, files, via, data });
         Ok(())
     }
+
+    /// The versions that this host has to run before the release's own, of those that are carried with it.
+    fn stones<'r>(&self, release: &'r Release) -> Vec<&'r Release> {
+        let Some(before) = self.before.and_then(|lock| lock.release(release.product)) else {
+            return Vec::new();
+        };
+        let carried = release.via.iter().map(|stone| &stone.version);
+        let route = versions::rules(release.product).route(&before.version, &release.version, carried);
+        let via = route.unwrap_or_default().via;
+        release.via.iter().filter(|stone| via.contains(&&stone.version)).collect()
+    }
+}
+
+fn consul_config(installed: &Installed, version: &Version) -> Result<Text> {
+    let variables = json!({
+        "node": installed.host.node(),
+        "data": paths::CONSUL_DATA,
+        "ip": installed.host.ip,
+        "https": installed.lock.consul_https,
+        "cert": paths::CONSUL_CERT,
+        "key": paths::CONSUL_KEY,
+    });
+    let mut config = assets::json("consul.json", assets::CONSUL_CONF, variables)?;
+    if version.numbers() >= (1, 14, 0) {
+        // A port more since then; older ones refuse a key that they do not know.
+        config["ports"]["grpc_tls"] = json!(-1);
+    }
+    Ok(text_file(Path::new(paths::CONSUL_ETC).join("consul.json"), format!("{config:#}\n")))
+}
+
+fn nomad_config(installed: &Installed, version: &Version) -> Result<Text> {
+    let variables = json!({
+        "node": installed.host.node(),
+        "data": paths::NOMAD_DATA,
+        "docker_auth": paths::DOCKER_AUTH,
+        "ca": paths::CA,
+        "cert": paths::NOMAD_CERT,
+        "key": paths::NOMAD_KEY,
+    });
+    let mut config = assets::json("nomad.json", assets::NOMAD_CONF, variables)?;
+    if version.numbers() >= (1, 8, 0) {
+        // Known since then, and else beside its data, where its unit cannot write.
+        config["client"]["alloc_mounts_dir"] = json!(Path::new(paths::NOMAD_DATA).join("alloc_mounts"));
+    }
+    Ok(text_file(Path::new(paths::NOMAD_ETC).join("nomad.json"), format!("{config:#}\n")))
 }
 
 /// What a newer program may write in a way that the one before cannot read. A task's folders are not among it.
@@ -186,11 +218,6 @@ fn release(lock: &Lock, product: Product) -> Result<&Release> {
 
 /// What the version of Consul in the bundle calls its first token: `initial_management` since 1.11.
 pub fn management(lock: &Lock) -> Result<String> {
-    Ok(if series(lock, Product::Consul)? >= (1, 11) { "initial_management" } else { "master" }.into())
-}
-
-/// The first two numbers of a product's version in the bundle.
-fn series(lock: &Lock, product: Product) -> Result<(u32, u32)> {
-    let (major, minor, _) = release(lock, product)?.version.numbers();
-    Ok((major, minor))
+    let version = release(lock, Product::Consul)?.version.numbers();
+    Ok(if version >= (1, 11, 0) { "initial_management" } else { "master" }.into())
 }

@@ -2,19 +2,25 @@
 //! the order in which the parts bear each other: packages, registry, Consul, Docker, Nomad, the standby slots,
 //! consul-template, nginx. The link to the generation comes last.
 
+use std::time::Duration;
+
 use super::install::{Builder, Inputs, repository};
 use super::preflight::Finding;
 use super::{Moved, Plan, Process, Standing, Step, slot};
 use crate::bundle::Lock;
+use crate::bundle::lock::Release;
 use crate::bundle::manifest::{Engine, Service, Tcp};
+use crate::bundle::versions::{self, OneWay, Route};
 use crate::error::Result;
 use crate::host::config::Installed;
 use crate::host::paths;
-use crate::ids::{Name, Slot, numbers};
+use crate::ids::{Name, Slot, Version, numbers};
 
 /// What stands in the way of an upgrade only.
 pub const SEQUENCE: &str = "sequence";
 pub const DROPPED: &str = "dropped service";
+/// What stands in the way back.
+const DATA: &str = "data";
 
 /// What there is to know beside what an install has to know.
 pub struct Change<'a> {
@@ -106,10 +112,13 @@ pub fn differences(from: &Lock, to: &Lock, packages: &[Moved]) -> Vec<String> {
     for release in &to.releases {
         let before = from.release(release.product);
         if before.is_none_or(|b| b.digest != release.digest) {
+            let via = before.and_then(|before| route(before, release)).unwrap_or_default().via;
             let before = before.map_or("-", |b| b.version.as_str());
+            let steps: Vec<&str> = via.into_iter().chain([&release.version]).map(Version::as_str).collect();
             lines.push(format!(
                 "{} {before} -> {} (restarted; traffic does not need it)",
-                release.product, release.version
+                release.product,
+                steps.join(" -> ")
             ));
         }
     }
@@ -220,16 +229,94 @@ pub fn obstacles(from: &Lock, to: &Lock, packages: &[Moved]) -> Vec<Finding> {
     }
     for release in &to.releases {
         let Some(before) = from.release(release.product) else { continue };
-        let (was, now) = (before.version.numbers(), release.version.numbers());
-        let name = release.product;
-        if now < was {
-            let what =
-                format!("{name} {} is installed, the bundle brings {}", before.version, release.version);
+        if release.version.numbers() < before.version.numbers() {
+            let what = format!(
+                "{} {} is installed, the bundle brings {}",
+                release.product, before.version, release.version
+            );
             bad(SEQUENCE, what, "data does not go back by a bundle: zd rollback --generation N");
-        } else if now.0 != was.0 || now.1 > was.1 + 2 {
-            let what =
-                format!("{name} {} to {} leaves out versions between", before.version, release.version);
-            bad(SEQUENCE, what, "go in steps of at most two minor versions, as HashiCorp supports it");
+        }
+    }
+    found.extend(from.releases.iter().filter_map(|before| missing(before, to.release(before.product)?)));
+    found
+}
+
+/// The way from one release of a program to another by those that are carried with it.
+fn route<'a>(from: &Release, to: &'a Release) -> Option<Route<'a>> {
+    let carried = to.via.iter().map(|stone| &stone.version);
+    versions::rules(to.product).route(&from.version, &to.version, carried)
+}
+
+/// Versions that are needed between and not carried.
+fn missing(from: &Release, to: &Release) -> Option<Finding> {
+    let way = format!("{} {} to {}", to.product, from.version, to.version);
+    let rules = versions::rules(to.product);
+    let pages = rules.pages(&from.version, &to.version);
+    let Some(route) = route(from, to) else {
+        let what = format!("{way}: this zd does not know whether the one may follow the other");
+        return Some(Finding::bad(SEQUENCE, what, format!("pack the bundle with a newer zd; see {pages}")));
+    };
+    if route.missing.is_empty() {
+        return None;
+    }
+    let carried: Vec<&str> = to.via.iter().map(|stone| stone.version.as_str()).collect();
+    let carried = if carried.is_empty() { "none".into() } else { carried.join(", ") };
+    let missing = route.missing.join(", ");
+    let what = format!("{way} needs {missing} between; this bundle carries {carried}");
+    let cure = format!(
+        "add the last release of each to via of {} in the manifest, and pack again; see {pages}",
+        to.product
+    );
+    Some(Finding::bad(SEQUENCE, what, cure))
+}
+
+/// Ways back that an upgrade closes.
+pub fn closes(from: &Lock, to: &Lock) -> Vec<Finding> {
+    let pairs = from.releases.iter().filter_map(|before| Some((before, to.release(before.product)?)));
+    let closed = |(before, now): (&Release, &Release)| {
+        let one_ways = versions::rules(now.product).one_ways(&now.version, &before.version);
+        let note = |change: &OneWay| {
+            let what = format!(
+                "{} {}: zd rollback --generation leads back to {} for {} minutes only; {}",
+                now.product,
+                now.version,
+                before.version,
+                change.after().as_secs() / 60,
+                change.why
+            );
+            Finding::note(DATA, what, change.page.clone())
+        };
+        one_ways.map(note).collect::<Vec<_>>()
+    };
+    pairs.flat_map(closed).collect()
+}
+
+/// What is to be known of a way back to an earlier lock. `later` are the bundles that were installed since then, each
+/// with its age: what their programs wrote is what the earlier ones have to read.
+pub fn way_back(from: &Lock, to: &Lock, later: &[(Lock, Duration)]) -> Vec<Finding> {
+    let mut found = Vec::new();
+    for (before, now) in from.releases.iter().filter_map(|before| Some((before, to.release(before.product)?)))
+    {
+        if now.version.numbers() >= before.version.numbers() {
+            continue;
+        }
+        let rules = versions::rules(now.product);
+        let way = format!("{} {} back to {}", now.product, before.version, now.version);
+        let age = |change: &OneWay| {
+            let past = later.iter().filter(|(lock, _)| {
+                lock.release(now.product).is_some_and(|release| change.is_past(&release.version))
+            });
+            past.map(|(_, age)| *age).max().unwrap_or_default()
+        };
+        let closed =
+            rules.one_ways(&before.version, &now.version).find(|change| age(change) >= change.after());
+        match closed {
+            Some(change) => found.push(Finding::bad(
+                DATA,
+                format!("{way}: {} ({})", change.why, change.page),
+                "stay with this generation; the earlier bundle needs a planned stop: zd uninstall, then zd install from its stick",
+            )),
+            None => found.extend(rules.back.as_ref().map(|back| Finding::note(DATA, format!("{way}: {back}"), rules.page.clone()))),
         }
     }
     found
@@ -244,6 +331,7 @@ fn major(version: &str) -> u32 {
 mod tests {
     use super::*;
     use crate::bundle::manifest::Product;
+    use crate::ids::Digest;
 
     fn lock() -> Lock {
         Lock::parse(include_bytes!("../../tests/fixtures/before-upgrade/zd-lock.json")).unwrap()
@@ -288,7 +376,7 @@ mod tests {
             (|l| l.releases.iter_mut().for_each(|r| r.version = "0.1.0".parse().unwrap()), "sequence: "),
             (
                 |l| l.releases.iter_mut().for_each(|r| r.version = "9.1.0".parse().unwrap()),
-                "leaves out versions",
+                "this zd does not know whether the one may follow the other",
             ),
         ];
         for (change, says) in cases {
@@ -297,6 +385,79 @@ mod tests {
             let found = found(&to, &[]);
             assert!(found.iter().any(|f| f.contains(says)), "{says}: {found:?}");
         }
+    }
+
+    /// A lock whose Nomad is this version and goes through these; the lock has no other program.
+    fn nomad(version: &str, via: &[&str]) -> Lock {
+        let mut lock = lock();
+        lock.releases.retain(|release| release.product == Product::Nomad);
+        let nomad = lock.releases[0].clone();
+        let of = |version: &&str| Release { version: version.parse().unwrap(), ..nomad.clone() };
+        lock.releases = vec![Release {
+            via: via.iter().map(of).collect(),
+            digest: Digest::of(version.as_bytes()),
+            ..of(&version)
+        }];
+        lock
+    }
+
+    #[test]
+    fn versions_that_are_needed_between_are_named() {
+        let said = |from: &Lock, to: &Lock| -> Vec<String> {
+            let found = obstacles(from, to, &[]);
+            found.into_iter().map(|f| format!("{}; {}", f.what, f.cure)).collect()
+        };
+        let cases: [(&str, &str, &[&str], &str); 5] = [
+            (
+                "1.6.1",
+                "2.0.5",
+                &[],
+                "nomad 1.6.1 to 2.0.5 needs 1.8.x, 1.10.x, 1.11.x between; this bundle carries none;",
+            ),
+            (
+                "1.6.1",
+                "2.0.5",
+                &["1.8.4", "1.11.3"],
+                "needs 1.10.x between; this bundle carries 1.8.4, 1.11.3;",
+            ),
+            ("1.6.1", "2.0.5", &["1.8.4", "1.10.5", "1.11.3"], ""),
+            ("1.11.3", "2.0.5", &[], ""),
+            ("1.6.1", "1.6.14", &[], ""),
+        ];
+        for (from, to, via, expected) in cases {
+            let found = said(&nomad(from, &[]), &nomad(to, via));
+            match expected {
+                "" => assert_eq!(found, [""; 0], "{from} to {to}"),
+                _ => assert!(found.len() == 1 && found[0].contains(expected), "{found:?}"),
+            }
+        }
+        let found = said(&nomad("1.6.1", &[]), &nomad("2.0.5", &[])).concat();
+        assert!(found.contains("via of nomad in the manifest") && found.contains("https://"), "{found}");
+        let lines = differences(&nomad("1.9.0", &[]), &nomad("2.0.5", &["1.8.4", "1.10.5", "1.11.3"]), &[]);
+        assert!(lines[0].starts_with("nomad 1.9.0 -> 1.11.3 -> 2.0.5 (restarted"), "{lines:?}");
+    }
+
+    #[test]
+    fn a_way_back_that_the_data_forbids_is_known_before() {
+        let (old, new) = (nomad("1.6.1", &[]), nomad("2.0.5", &[]));
+        let said = |later: &[(Lock, Duration)]| {
+            let found = way_back(&new, &old, later).remove(0);
+            (found.good, found.what)
+        };
+        let minutes = |n: u64| Duration::from_secs(n * 60);
+        let (good, what) = said(&[(new.clone(), minutes(9))]);
+        assert!(good.is_none() && what.contains("HashiCorp supports no way back"), "{what}");
+        let (good, what) = said(&[(new.clone(), minutes(10))]);
+        assert!(
+            good == Some(false) && what.starts_with("nomad 2.0.5 back to 1.6.1: 1.9 and later move"),
+            "{what}"
+        );
+        // An earlier bundle wrote it, or one of a version that does not.
+        assert_eq!(said(&[(nomad("1.9.7", &[]), minutes(99)), (new.clone(), minutes(1))]).0, Some(false));
+        assert_eq!(said(&[(nomad("1.8.4", &[]), minutes(99)), (new.clone(), minutes(1))]).0, None);
+        assert!(way_back(&old, &new, &[]).is_empty() && way_back(&new, &new, &[]).is_empty());
+        assert_eq!(closes(&old, &new).len(), 1);
+        assert!(closes(&old, &nomad("1.8.4", &[])).is_empty());
     }
 
     #[test]
