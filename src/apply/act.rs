@@ -406,22 +406,18 @@ async fn run_with(unit: &str, files: &[Text]) -> Result<()> {
 /// Runs the versions between, each until it serves as the one before did. A run that was killed goes on with the one
 /// whose unit is on disk: the data may be that one's already.
 async fn pass_stones(unit: &str, files: &[Text], via: &[Stone], host: &Host<'_>) -> Result<()> {
-    let is_on_disk = |files: &[Text]| -> Result<bool> {
-        let Some(unit) = files.last() else { return Ok(false) };
-        Ok(hostfs::read_if_any(&unit.path)?.is_some_and(|found| found == unit.text.as_bytes()))
+    let is_on_disk = |files: &[Text]| {
+        files
+            .last()
+            .is_some_and(|unit| std::fs::read_to_string(&unit.path).is_ok_and(|found| found == unit.text))
     };
-    if via.is_empty() || is_on_disk(files)? {
+    if via.is_empty() || is_on_disk(files) {
         return Ok(());
     }
-    let mut first = 0;
-    for (at, stone) in via.iter().enumerate() {
-        if is_on_disk(&stone.files)? {
-            first = at;
-        }
-    }
+    let reached = via.iter().position(|stone| is_on_disk(&stone.files)).unwrap_or(0);
     let installed = coming(host)?;
     let containers = running(&installed).await?;
-    for Stone { version, files } in &via[first..] {
+    for Stone { version, files } in &via[reached..] {
         let start = Instant::now();
         let pass = async {
             run_with(unit, files).await?;

@@ -344,7 +344,7 @@ fn torn(host: &Host, next: &Path) {
 }
 
 /// Each run dies at the third entry that it writes, so now before a step and now behind one; at the first with --long.
-fn finished_though_killed(host: &Host, command: &[&str]) {
+pub fn finished_though_killed(host: &Host, command: &[&str]) {
     let entry = if std::env::var_os("ZD_TEST_LONG").is_some() { "journal:1" } else { "journal:3" };
     let mut kills = 0;
     while host.run_env(&[("ZD_FAILPOINT", entry)], command).code != 0 {

@@ -135,7 +135,8 @@ pub fn pack_nomad(folder: &str, service: &str) -> Option<PathBuf> {
 /// The nomad engine's programs as sections of a manifest, and the folder they are in.
 pub fn zd_stack() -> Option<(String, PathBuf)> {
     static STACK: OnceLock<Result<(String, PathBuf), String>> = OnceLock::new();
-    let found = STACK.get_or_init(|| stack_in(Command::new(root().join("tests/fab/need")), "binaries"));
+    let found =
+        STACK.get_or_init(|| stack_in(Command::new(root().join("tests/fab/need")), "--stack", "binaries"));
     found.clone().inspect_err(|why| eprintln!("\n!!! SKIPPED: everything on the nomad engine: {why}")).ok()
 }
 
@@ -163,16 +164,23 @@ pub fn next_stack(folder: &str, newer: &[&str], broken: &str) -> Option<(String,
     }
     let mut need = Command::new(root().join("tests/fab/need"));
     need.env("ZD_STACK_DIR", &from);
-    let (sections, mirror) = stack_in(need, folder).expect("as it was for zd_stack");
+    let (sections, mirror) = stack_in(need, "--stack", folder).expect("as it was for zd_stack");
     if !broken.is_empty() {
         std::fs::write(mirror.join(broken), "#!/bin/sh\necho broken on purpose >&2\nexit 1\n").expect(broken);
     }
     Some((sections, mirror))
 }
 
-fn stack_in(mut need: Command, folder: &str) -> Result<(String, PathBuf), String> {
+/// The same in later versions, with those that an upgrade to them goes through. None, and loudly so, without these.
+pub fn stepping_stack(folder: &str) -> Option<(String, PathBuf)> {
+    zd_stack()?;
+    let found = stack_in(Command::new(root().join("tests/fab/need")), "--stack-via", folder);
+    found.inspect_err(|why| eprintln!("\n!!! SKIPPED: upgrades that go through other versions: {why}")).ok()
+}
+
+fn stack_in(mut need: Command, how: &str, folder: &str) -> Result<(String, PathBuf), String> {
     let mirror = root().join("target/fab").join(folder);
-    let found = said(need.arg("--stack").arg(&mirror).output().expect("tests/fab/need runs"));
+    let found = said(need.arg(how).arg(&mirror).output().expect("tests/fab/need runs"));
     if found.code == 0 { Ok((found.out, mirror)) } else { Err(found.err) }
 }
 

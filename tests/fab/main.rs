@@ -18,5 +18,6 @@ mod ports;
 mod reconfigure;
 mod registry;
 mod signed;
+mod stones;
 mod tcp;
 mod traffic;
