@@ -216,7 +216,10 @@ async fn carry_out(
     {
         findings.extend(preflight::firewall(&facts, &installed.lock));
     }
-    findings.extend(preflight::stores(from).await?);
+    if !target.resumed {
+        // A daemon that a killed run has just restarted does not know its tokens yet.
+        findings.extend(preflight::stores(from).await?);
+    }
     findings.extend(planner::obstacles(&from.lock, &installed.lock, &packages));
     findings.extend(match target.bundle {
         Some(_) => planner::closes(&from.lock, &installed.lock),
