@@ -119,8 +119,13 @@ pub async fn check(step: &Step, host: &Host<'_>) -> Result<Check> {
             needed_unless(was_enabled, undo)
         }
         Step::Consul { .. } => needed_unless(consul::is_ready().await, Undo::Nothing),
-        // The first token goes with it: a Nomad without data makes another.
-        Step::Nomad => needed_unless(nomad::version().await.is_ok(), remove([Token::NomadManagement.path()])),
+        Step::Nomad => {
+            let token = Token::NomadManagement.path();
+            // The token that this step takes goes with it: a Nomad without data makes another. One that is there is of a
+            // Nomad that has only been restarted.
+            let undo = if token.exists() { Undo::Nothing } else { remove([token]) };
+            needed_unless(nomad::version().await.is_ok(), undo)
+        }
         Step::Pools { service } => {
             let loaded = paths::nginx_pools(service);
             needed_unless(loaded.exists(), remove([loaded]))

@@ -57,7 +57,7 @@ impl OneWay {
         Duration::from_secs(60 * self.minutes)
     }
 
-    /// Whether this version writes data so.
+    /// Whether this version has the change.
     pub fn is_past(&self, version: &Version) -> bool {
         version.numbers() >= self.since.first()
     }
@@ -194,7 +194,7 @@ impl Rules {
         pages.join(", ")
     }
 
-    /// What stands in the data's way back from one version to an earlier one.
+    /// Changes of the data since the earlier version `to`, which that one cannot read.
     pub fn one_ways(&self, from: &Version, to: &Version) -> impl Iterator<Item = &OneWay> {
         self.one_way.iter().filter(move |change| change.is_past(from) && !change.is_past(to))
     }

@@ -19,7 +19,7 @@ use crate::ids::{Name, Slot, Version, numbers};
 /// What stands in the way of an upgrade only.
 pub const SEQUENCE: &str = "sequence";
 pub const DROPPED: &str = "dropped service";
-/// What stands in the way back.
+/// Findings about data that an earlier version has to read.
 const DATA: &str = "data";
 
 /// What there is to know beside what an install has to know.
