@@ -22,7 +22,7 @@ pub const NOMAD: Server =
 pub struct Server {
     /// For people.
     name: &'static str,
-    unit: &'static str,
+    pub(super) unit: &'static str,
     base: &'static str,
     /// Header that carries the token.
     header: &'static str,

@@ -262,13 +262,13 @@ async fn version_of(api: &Api) -> Result<String> {
 mod tests {
     use super::*;
     use crate::host::api::CONSUL;
-    use crate::host::replay::{Replay, UNKNOWN, secret};
+    use crate::host::replay::{Recorded, UNKNOWN, secret, versions};
 
     const KEY: &str = "zd/services/hello/pointer";
 
-    async fn set_up_acl(recording: &str) {
-        let replay = Replay::of(&[recording]).await;
-        let api = replay.api(CONSUL, Some(Token::ConsulManagement));
+    async fn set_up_acl(consul: &Recorded, recording: &str) {
+        let replay = consul.replay(&[recording]).await;
+        let api = replay.api(Some(Token::ConsulManagement));
         for (token, rules) in policies("host") {
             ensure(&api, token, &rules, &secret(token)).await.unwrap();
         }
@@ -276,160 +276,196 @@ mod tests {
 
     #[tokio::test]
     async fn waits_for_the_acl_system() {
-        let replay = Replay::of(&["consul-acl-starting"]).await;
-        wait(&replay.api(CONSUL, Some(Token::ConsulManagement))).await.unwrap();
+        for consul in versions(CONSUL) {
+            let replay = consul.replay(&["acl-starting"]).await;
+            wait(&replay.api(Some(Token::ConsulManagement))).await.unwrap();
+        }
     }
 
     #[tokio::test]
     async fn acl_from_nothing() {
-        set_up_acl("consul-acl-first").await;
+        for consul in versions(CONSUL) {
+            set_up_acl(&consul, "acl-first").await;
+        }
     }
 
     #[tokio::test]
     async fn acl_that_is_there_is_only_brought_up_to_date() {
-        set_up_acl("consul-acl-again").await;
+        for consul in versions(CONSUL) {
+            set_up_acl(&consul, "acl-again").await;
+        }
     }
 
     #[tokio::test]
     async fn only_a_policy_that_is_not_there_is_missing() {
         let path = "/v1/acl/policy/name/zd-consul-agent";
-        let replay = Replay::of(&["consul-policies"]).await;
-        let api = replay.api(CONSUL, Some(Token::ConsulManagement));
-        assert_eq!(policy(&api, path).await.unwrap(), Value::Null);
-        // Another token may not look, and a Consul that is just starting cannot.
-        for (api, said) in [
-            (replay.api(CONSUL, Some(Token::ConsulZd)), "403 Forbidden: Permission denied"),
-            (
-                replay.api(CONSUL, Some(Token::ConsulManagement)),
-                "500 Internal Server Error: The ACL system is currently",
-            ),
-        ] {
-            let e = policy(&api, path).await.unwrap_err();
-            assert!(e.what.contains(said), "{}", e.what);
+        for consul in versions(CONSUL) {
+            let replay = consul.replay(&["policies"]).await;
+            let api = replay.api(Some(Token::ConsulManagement));
+            assert_eq!(policy(&api, path).await.unwrap(), Value::Null);
+            // Another token may not look, and a Consul that is just starting cannot.
+            for (token, said) in [
+                (Token::ConsulZd, "403 Forbidden: Permission denied"),
+                (Token::ConsulManagement, "500 Internal Server Error: "),
+            ] {
+                let e = policy(&replay.api(Some(token)), path).await.unwrap_err();
+                assert!(e.what.contains(said), "{}", e.what);
+            }
         }
     }
 
     #[tokio::test]
     async fn tokens() {
-        let replay = Replay::of(&["consul-token-known", "consul-token-unknown"]).await;
-        let api = replay.api(CONSUL, Some(Token::ConsulZd));
-        assert!(api.knows_token().await);
-        assert!(!api.with(UNKNOWN).knows_token().await);
+        for consul in versions(CONSUL) {
+            let replay = consul.replay(&["token-known", "token-unknown"]).await;
+            let api = replay.api(Some(Token::ConsulZd));
+            assert!(api.tells_token().await.unwrap());
+            assert!(!api.with(UNKNOWN).tells_token().await.unwrap());
+        }
     }
 
     #[tokio::test]
     async fn tokens_and_gossip_keys_are_renewed() {
-        let recordings =
-            ["consul-token-known", "consul-token-renew", "consul-tokens-forget", "consul-keyring"];
-        let replay = Replay::of(&recordings).await;
-        let known = accessor(&replay.api(CONSUL, Some(Token::ConsulZd))).await.unwrap();
-        assert_eq!(known, "c11baa23-0f57-64e0-7d2b-d1946a93fd40");
-        let api = replay.api(CONSUL, Some(Token::ConsulManagement));
-        renew_management(&api, "00000000-0000-4000-8000-000000000011").await.unwrap();
-        // Consul's first token and an old one of zd's go; the present ones, the site's and the anonymous one stay.
-        let current = ["a0", "a2"].map(|end| format!("00000000-0000-4000-8000-0000000000{end}"));
-        forget_others(&api, &current).await.unwrap();
-        use_gossip_key(&api, "MjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjI=").await.unwrap();
+        for consul in versions(CONSUL) {
+            let replay = consul.replay(&["token-known", "token-renew", "tokens-forget", "keyring"]).await;
+            let expected: Value = serde_json::from_str(&replay.next_answer()).unwrap();
+            let known = accessor(&replay.api(Some(Token::ConsulZd))).await.unwrap();
+            assert_eq!(expected["AccessorID"], known);
+            let api = replay.api(Some(Token::ConsulManagement));
+            renew_management(&api, "00000000-0000-4000-8000-000000000011").await.unwrap();
+            // Consul's first token and an old one of zd's go; the present ones, the site's and the anonymous one stay.
+            let current = ["a0", "a2"].map(|end| format!("00000000-0000-4000-8000-0000000000{end}"));
+            forget_others(&api, &current).await.unwrap();
+            use_gossip_key(&api, "MjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjI=").await.unwrap();
+        }
     }
 
     #[tokio::test]
     async fn version_of_one_with_a_leader() {
-        let replay = Replay::of(&["consul-version"]).await;
-        assert_eq!(version_of(&replay.api(CONSUL, Some(Token::ConsulZd))).await.unwrap(), "1.8.7");
+        for consul in versions(CONSUL) {
+            let replay = consul.replay(&["version"]).await;
+            assert_eq!(version_of(&replay.api(Some(Token::ConsulZd))).await.unwrap(), consul.version);
+        }
     }
 
     #[tokio::test]
     async fn no_leader() {
-        let replay = Replay::of(&["consul-no-leader"]).await;
-        let e = version_of(&replay.api(CONSUL, Some(Token::ConsulZd))).await.unwrap_err();
-        assert_eq!((e.code, e.what.as_str()), (Code::Stack, "Consul has no leader"));
+        for consul in versions(CONSUL) {
+            let replay = consul.replay(&["no-leader"]).await;
+            let e = version_of(&replay.api(Some(Token::ConsulZd))).await.unwrap_err();
+            assert_eq!((e.code, e.what.as_str()), (Code::Stack, "Consul has no leader"));
+        }
     }
 
     #[tokio::test]
     async fn keys_are_read_with_their_index() {
-        let replay = Replay::of(&["consul-key-missing", "consul-key"]).await;
-        let api = replay.api(CONSUL, Some(Token::ConsulZd));
-        assert_eq!(read(&api, KEY).await.unwrap(), (Value::Null, 0));
-        let blue = json!({ "active": "blue", "release": "1.0.0" });
-        assert_eq!(read(&api, KEY).await.unwrap(), (blue, 22));
+        for consul in versions(CONSUL) {
+            let replay = consul.replay(&["key-missing", "key"]).await;
+            let api = replay.api(Some(Token::ConsulZd));
+            assert_eq!(read(&api, KEY).await.unwrap(), (Value::Null, 0));
+            let answer: Value = serde_json::from_str(&replay.next_answer()).unwrap();
+            let blue = json!({ "active": "blue", "release": "1.0.0" });
+            let index = answer[0]["ModifyIndex"].as_u64().unwrap();
+            assert_eq!(read(&api, KEY).await.unwrap(), (blue, index));
+        }
     }
 
     #[tokio::test]
     async fn a_key_that_may_not_be_read_is_not_a_missing_one() {
-        let replay = Replay::of(&["consul-key-denied"]).await;
-        let e = read(&replay.api(CONSUL, Some(Token::ConsulTemplate)), "other").await.unwrap_err();
-        assert_eq!(e.code, Code::Stack);
-        assert_eq!(e.what, "Consul answers /v1/kv/other with 403 Forbidden: Permission denied");
+        for consul in versions(CONSUL) {
+            let replay = consul.replay(&["key-denied"]).await;
+            let e = read(&replay.api(Some(Token::ConsulTemplate)), "other").await.unwrap_err();
+            assert_eq!(e.code, Code::Stack);
+            let said = "Consul answers /v1/kv/other with 403 Forbidden: Permission denied";
+            assert!(e.what.starts_with(said), "{}", e.what);
+        }
     }
 
     #[tokio::test]
     async fn pointer_and_record_are_written_together_or_not_at_all() {
-        let replay = Replay::of(&["consul-write", "consul-write-stale"]).await;
-        let api = replay.api(CONSUL, Some(Token::ConsulZd));
-        let entries = |active: &str, release: &str, seq: u64| {
-            let record = json!({ "seq": seq, "service": "hello" });
-            [
-                (KEY.to_owned(), json!({ "active": active, "release": release }), 22),
-                (format!("zd/audit/hello/{seq:08}"), record, 0),
-            ]
-        };
-        assert!(write(&api, &entries("green", "1.1.0", 4)).await.unwrap());
-        assert!(!write(&api, &entries("blue", "1.0.0", 5)).await.unwrap());
+        for consul in versions(CONSUL) {
+            let replay = consul.replay(&["key", "write", "write-stale"]).await;
+            let api = replay.api(Some(Token::ConsulZd));
+            let (_, index) = read(&api, KEY).await.unwrap();
+            let entries = |active: &str, release: &str, seq: u64| {
+                let record = json!({ "seq": seq, "service": "hello" });
+                [
+                    (KEY.to_owned(), json!({ "active": active, "release": release }), index),
+                    (format!("zd/audit/hello/{seq:08}"), record, 0),
+                ]
+            };
+            assert!(write(&api, &entries("green", "1.1.0", 4)).await.unwrap());
+            assert!(!write(&api, &entries("blue", "1.0.0", 5)).await.unwrap());
+        }
     }
 
     #[tokio::test]
     async fn a_write_that_is_not_permitted_is_no_race() {
-        let replay = Replay::of(&["consul-write-denied"]).await;
-        let blue = json!({ "active": "blue", "release": "1.0.0" });
-        let api = replay.api(CONSUL, Some(Token::ConsulZd));
-        let e = write(&api, &[("other".into(), blue, 0)]).await.unwrap_err();
-        assert!(e.what.starts_with("Consul answers /v1/txn with 409 Conflict: "), "{}", e.what);
-        assert!(e.what.contains("Permission denied"), "{}", e.what);
+        for consul in versions(CONSUL) {
+            let replay = consul.replay(&["write-denied"]).await;
+            let blue = json!({ "active": "blue", "release": "1.0.0" });
+            let api = replay.api(Some(Token::ConsulZd));
+            let e = write(&api, &[("other".into(), blue, 0)]).await.unwrap_err();
+            assert!(e.what.starts_with("Consul answers /v1/txn with 409 Conflict: "), "{}", e.what);
+            assert!(e.what.contains("Permission denied"), "{}", e.what);
+        }
     }
 
     #[tokio::test]
     async fn a_service_is_forgotten_and_no_other() {
-        let replay = Replay::of(&["consul-forget"]).await;
-        let api = replay.api(CONSUL, Some(Token::ConsulZd));
-        forget(&api, &"hello".parse().unwrap()).await.unwrap();
-        assert_eq!(read(&api, KEY).await.unwrap(), (Value::Null, 0));
-        assert_eq!(read(&api, "zd/services/hello2/pointer").await.unwrap().0, json!({ "active": "blue" }));
-        let e = forget(&replay.api(CONSUL, Some(Token::ConsulTemplate)), &"hello2".parse().unwrap()).await;
-        assert!(e.unwrap_err().what.contains("403 Forbidden: Permission denied"));
+        for consul in versions(CONSUL) {
+            let replay = consul.replay(&["forget"]).await;
+            let api = replay.api(Some(Token::ConsulZd));
+            forget(&api, &"hello".parse().unwrap()).await.unwrap();
+            assert_eq!(read(&api, KEY).await.unwrap(), (Value::Null, 0));
+            let (other, _) = read(&api, "zd/services/hello2/pointer").await.unwrap();
+            assert_eq!(other, json!({ "active": "blue" }));
+            let api = replay.api(Some(Token::ConsulTemplate));
+            let e = forget(&api, &"hello2".parse().unwrap()).await.unwrap_err();
+            assert!(e.what.contains("403 Forbidden: Permission denied"), "{}", e.what);
+        }
     }
 
     #[tokio::test]
     async fn set_tries_again_after_a_race() {
-        let replay = Replay::of(&["consul-set-raced"]).await;
-        let blue = json!({ "active": "blue", "release": "1.0.0" });
-        set(&replay.api(CONSUL, Some(Token::ConsulZd)), KEY, &blue).await.unwrap();
+        for consul in versions(CONSUL) {
+            let replay = consul.replay(&["set-raced"]).await;
+            let blue = json!({ "active": "blue", "release": "1.0.0" });
+            set(&replay.api(Some(Token::ConsulZd)), KEY, &blue).await.unwrap();
+        }
     }
 
     #[tokio::test]
     async fn a_snapshot_is_what_brings_the_tokens_back() {
-        let replay = Replay::of(&["consul-snapshot", "consul-snapshot-restore"]).await;
-        let api = replay.api(CONSUL, Some(Token::ConsulManagement));
-        let snapshot = api.download(SNAPSHOT).await.unwrap();
-        assert_eq!(snapshot, replay.next_bytes());
-        assert_eq!(snapshot[..2], [0x1f, 0x8b], "gzip");
-        api.upload(SNAPSHOT, &snapshot).await.unwrap();
-        assert!(api.with(&secret(Token::ConsulZd)).knows_token().await);
+        for consul in versions(CONSUL) {
+            let replay = consul.replay(&["snapshot", "snapshot-restore"]).await;
+            let api = replay.api(Some(Token::ConsulManagement));
+            let snapshot = api.download(SNAPSHOT).await.unwrap();
+            assert_eq!(snapshot, replay.next_bytes());
+            assert_eq!(snapshot[..2], [0x1f, 0x8b], "gzip");
+            api.upload(SNAPSHOT, &snapshot).await.unwrap();
+            assert!(api.with(&secret(Token::ConsulZd)).tells_token().await.unwrap());
+        }
     }
 
     #[tokio::test]
     async fn snapshots_that_cannot_be_had_or_put_back() {
-        let replay =
-            Replay::of(&["consul-snapshot-no-leader", "consul-snapshot-denied", "consul-snapshot-damaged"])
-                .await;
-        for (token, said) in [
-            (Token::ConsulManagement, "500 Internal Server Error: No cluster leader"),
-            (Token::ConsulZd, "403 Forbidden: Permission denied"),
-        ] {
-            let e = replay.api(CONSUL, Some(token)).download(SNAPSHOT).await.unwrap_err();
-            assert_eq!((e.code, e.what), (Code::Stack, format!("Consul answers /v1/snapshot with {said}")));
+        for consul in versions(CONSUL) {
+            let recordings = ["snapshot-no-leader", "snapshot-denied", "snapshot-damaged"];
+            let replay = consul.replay(&recordings).await;
+            for (token, said) in [
+                (Token::ConsulManagement, "500 Internal Server Error: No cluster leader"),
+                (Token::ConsulZd, "403 Forbidden: Permission denied"),
+            ] {
+                let e = replay.api(Some(token)).download(SNAPSHOT).await.unwrap_err();
+                assert_eq!(e.code, Code::Stack);
+                let said = format!("Consul answers {SNAPSHOT} with {said}");
+                assert!(e.what.starts_with(&said), "{}", e.what);
+            }
+            let api = replay.api(Some(Token::ConsulManagement));
+            let e = api.upload(SNAPSHOT, &replay.next_bytes()).await.unwrap_err();
+            let said = "500 Internal Server Error: failed to read snapshot file";
+            assert!(e.what.contains(said), "{}", e.what);
         }
-        let api = replay.api(CONSUL, Some(Token::ConsulManagement));
-        let e = api.upload(SNAPSHOT, &replay.next_bytes()).await.unwrap_err();
-        assert!(e.what.contains("500 Internal Server Error: failed to read snapshot file"), "{}", e.what);
     }
 }

@@ -441,64 +441,83 @@ fn obstacle(metric: &Value) -> (String, &'static str) {
 mod tests {
     use super::*;
     use crate::host::api::NOMAD;
-    use crate::host::replay::{Replay, UNKNOWN};
+    use crate::host::replay::{Recorded, Replay, UNKNOWN, versions};
 
-    async fn replay(recordings: &[&str]) -> (Replay, Api) {
-        let replay = Replay::of(recordings).await;
-        let api = replay.api(NOMAD, Some(Token::NomadManagement));
+    async fn replay(nomad: &Recorded, recordings: &[&str]) -> (Replay, Api) {
+        let replay = nomad.replay(recordings).await;
+        let api = replay.api(Some(Token::NomadManagement));
         (replay, api)
     }
 
     #[tokio::test]
     async fn the_first_token() {
-        let replay = Replay::of(&["nomad-bootstrap-no-leader", "nomad-bootstrap"]).await;
-        let api = replay.api(NOMAD, None);
-        let reset = |index: &str| panic!("reset to {index}");
-        let e = bootstrap(&api, None, reset).await.unwrap_err();
-        assert!(e.what.ends_with("500 Internal Server Error: No cluster leader"), "{}", e.what);
-        assert_eq!(bootstrap(&api, None, reset).await.unwrap(), "00000000-0000-4000-8000-000000000007");
+        for nomad in versions(NOMAD) {
+            let replay = nomad.replay(&["bootstrap-no-leader", "bootstrap"]).await;
+            let api = replay.api(None);
+            let reset = |index: &str| panic!("reset to {index}");
+            let e = bootstrap(&api, None, reset).await.unwrap_err();
+            assert!(e.what.ends_with("500 Internal Server Error: No cluster leader"), "{}", e.what);
+            assert_eq!(bootstrap(&api, None, reset).await.unwrap(), "00000000-0000-4000-8000-000000000007");
+        }
     }
 
     #[tokio::test]
     async fn a_first_token_that_was_lost_is_made_again() {
-        let replay = Replay::of(&["nomad-bootstrap-lost"]).await;
-        let api = replay.api(NOMAD, None);
-        let mut written = String::new();
-        let reset = |index: &str| {
-            written = index.to_owned();
-            Ok(())
-        };
-        assert!(bootstrap(&api, None, reset).await.is_err());
-        assert_eq!(written, "8");
-        let unused = |_: &str| panic!("reset again");
-        assert_eq!(bootstrap(&api, None, unused).await.unwrap(), "00000000-0000-4000-8000-000000000006");
+        for nomad in versions(NOMAD) {
+            let replay = nomad.replay(&["bootstrap-lost"]).await;
+            let api = replay.api(None);
+            let refusal = replay.next_answer();
+            let mut written = String::new();
+            let reset = |index: &str| {
+                written = index.to_owned();
+                Ok(())
+            };
+            assert!(bootstrap(&api, None, reset).await.is_err());
+            assert_eq!(refusal, format!("ACL bootstrap already done (reset index: {written})"));
+            assert!(written.parse::<u64>().unwrap() > 0);
+            let unused = |_: &str| panic!("reset again");
+            assert_eq!(bootstrap(&api, None, unused).await.unwrap(), "00000000-0000-4000-8000-000000000006");
+        }
     }
 
     #[tokio::test]
     async fn a_node_that_runs_containers() {
-        let (_replay, api) = replay(&["nomad-ready"]).await;
-        assert_eq!(version_of(&api).await.unwrap(), "1.1.3");
+        for nomad in versions(NOMAD) {
+            let (_replay, api) = replay(&nomad, &["ready"]).await;
+            assert_eq!(version_of(&api).await.unwrap(), nomad.version);
+        }
     }
 
     #[tokio::test]
     async fn nodes_that_do_not() {
-        let (_replay, api) = replay(&["nomad-starting", "nomad-docker-unhealthy"]).await;
-        let starting = version_of(&api).await.unwrap_err();
-        assert_eq!(starting.what, "Nomad's node is initializing and eligible, expected ready and eligible");
-        let unhealthy = version_of(&api).await.unwrap_err();
-        assert_eq!(
-            unhealthy.what,
-            "Nomad's docker driver is not healthy: Failed to connect to docker daemon"
-        );
+        for nomad in versions(NOMAD) {
+            let (_replay, api) = replay(&nomad, &["starting", "docker-unhealthy"]).await;
+            let starting = version_of(&api).await.unwrap_err();
+            // It is initializing for a moment only, and before that not there.
+            let found = ["initializing and eligible", "not there and unknown"];
+            let said = found.map(|found| format!("Nomad's node is {found}, expected ready and eligible"));
+            assert!(said.contains(&starting.what), "{}", starting.what);
+            let unhealthy = version_of(&api).await.unwrap_err();
+            assert_eq!(
+                unhealthy.what,
+                "Nomad's docker driver is not healthy: Failed to connect to docker daemon"
+            );
+        }
     }
 
     #[tokio::test]
     async fn no_leader_and_no_known_token() {
-        let (_replay, api) = replay(&["nomad-no-leader", "nomad-token-unknown"]).await;
-        let api = api.with(UNKNOWN);
-        for said in ["500 Internal Server Error: No cluster leader", "403 Forbidden: ACL token not found"] {
+        for nomad in versions(NOMAD) {
+            let (_replay, api) = replay(&nomad, &["no-leader", "token-unknown"]).await;
+            let api = api.with(UNKNOWN);
             let e = version_of(&api).await.unwrap_err();
-            assert_eq!((e.code, e.what), (Code::Stack, format!("Nomad answers /v1/nodes with {said}")));
+            let said = "Nomad answers /v1/nodes with 500 Internal Server Error: No cluster leader";
+            assert_eq!((e.code, e.what.as_str()), (Code::Stack, said));
+            let e = version_of(&api).await.unwrap_err();
+            // What versions say of a token that they do not know.
+            let said = ["ACL token not found", "Permission denied"]
+                .map(|said| format!("Nomad answers /v1/nodes with 403 Forbidden: {said}"));
+            assert!(e.code == Code::Stack && said.contains(&e.what), "{}", e.what);
         }
     }
 
@@ -519,11 +538,13 @@ mod tests {
 
     #[tokio::test]
     async fn jobs_that_run_and_that_do_not() {
-        let (_replay, api) = replay(&["nomad-job", "nomad-job-missing", "nomad-job-stopped"]).await;
-        let found = job(&api, "hello-blue").await.unwrap().unwrap();
-        assert_eq!(found["Meta"]["zd_version"], "1.0.0");
-        assert_eq!(job(&api, "hello-blue").await.unwrap(), None);
-        assert_eq!(job(&api, "hello-blue").await.unwrap(), None);
+        for nomad in versions(NOMAD) {
+            let (_replay, api) = replay(&nomad, &["job", "job-missing", "job-stopped"]).await;
+            let found = job(&api, "hello-blue").await.unwrap().unwrap();
+            assert_eq!(found["Meta"]["zd_version"], "1.0.0");
+            assert_eq!(job(&api, "hello-blue").await.unwrap(), None);
+            assert_eq!(job(&api, "hello-blue").await.unwrap(), None);
+        }
     }
 
     #[test]
@@ -568,102 +589,125 @@ mod tests {
 
     #[tokio::test]
     async fn tokens_and_gossip_keys_are_renewed() {
-        let (_replay, api) = replay(&["nomad-token-renew", "nomad-tokens-forget", "nomad-keyring"]).await;
-        assert_eq!(another_token(&api).await.unwrap(), "00000000-0000-4000-8000-000000000012");
-        // Nomad's first token goes, the site's stays.
-        forget_others(&api).await.unwrap();
-        use_gossip_key(&api, "MjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjI=").await.unwrap();
+        for nomad in versions(NOMAD) {
+            let (_replay, api) = replay(&nomad, &["token-renew", "tokens-forget", "keyring"]).await;
+            assert_eq!(another_token(&api).await.unwrap(), "00000000-0000-4000-8000-000000000012");
+            // Nomad's first token goes, the site's stays.
+            forget_others(&api).await.unwrap();
+            use_gossip_key(&api, "MjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjIyMjI=").await.unwrap();
+        }
     }
 
     #[tokio::test]
     async fn register_purge_and_collect() {
-        let (replay, api) =
-            replay(&["nomad-register", "nomad-job", "nomad-purge", "nomad-job-missing", "nomad-gc"]).await;
-        let job = replay.next_body()["Job"].clone();
-        assert_eq!(register(&api, "hello-blue", &job).await.unwrap()["Version"], 0);
-        purge(&api, "hello-green").await.unwrap();
-        purge(&api, "hello-blue").await.unwrap();
-        collect_garbage(&api).await.unwrap();
+        for nomad in versions(NOMAD) {
+            let recordings = ["register", "job", "purge", "job-missing", "gc"];
+            let (replay, api) = replay(&nomad, &recordings).await;
+            let submitted = replay.next_body()["Job"].clone();
+            let record = register(&api, "hello-blue", &submitted).await.unwrap();
+            assert_eq!(record["Version"], 0);
+            assert!(is_record_of(&record, &submitted));
+            // Whatever the version adds, by itself it changes nothing.
+            let found = job(&api, "hello-blue").await.unwrap().unwrap();
+            assert!(covers(&found, &record), "{found}");
+            purge(&api, "hello-green").await.unwrap();
+            purge(&api, "hello-blue").await.unwrap();
+            collect_garbage(&api).await.unwrap();
+        }
     }
 
     #[tokio::test]
     async fn only_live_tasks_that_were_restarted_often_keep_ending() {
-        for (recording, expected) in [
-            ("nomad-allocations-young", false),
-            ("nomad-allocations-dying", true),
-            // It ended as often, and is to be stopped by now.
-            ("nomad-allocations-purged", false),
-        ] {
-            let (_replay, api) = replay(&[recording]).await;
-            assert_eq!(keeps_ending(&api, "hello-green").await, expected, "{recording}");
-        }
-        for (recording, expected) in [("nomad-allocations-dying", false), ("nomad-allocations-purged", true)]
-        {
-            let (_replay, api) = replay(&[recording]).await;
-            assert_eq!(has_ended(&api, "hello-green").await.unwrap(), expected, "{recording}");
+        for nomad in versions(NOMAD) {
+            for (recording, expected) in [
+                ("allocations-young", false),
+                ("allocations-dying", true),
+                // It ended as often, and is to be stopped by now.
+                ("allocations-purged", false),
+            ] {
+                let (_replay, api) = replay(&nomad, &[recording]).await;
+                assert_eq!(keeps_ending(&api, "hello-green").await, expected, "{recording}");
+            }
+            for (recording, expected) in [("allocations-dying", false), ("allocations-purged", true)] {
+                let (_replay, api) = replay(&nomad, &[recording]).await;
+                assert_eq!(has_ended(&api, "hello-green").await.unwrap(), expected, "{recording}");
+            }
         }
     }
 
     #[tokio::test]
     async fn events_and_last_lines_explain() {
-        let recordings = ["nomad-evaluations-placed", "nomad-allocations-dying", "nomad-logs"];
-        let (_replay, api) = replay(&recordings).await;
-        let lines = [
-            "hello-green.1[0]: Task started by client; Exit Code: 1; Task restarting in 1.186100897s",
-            "its last lines: starting | starting | starting | starting",
-            "its last lines: no database | no database | no database | no database",
-        ];
-        let lines = lines.map(str::to_owned).into();
-        assert_eq!(explain(&api, "hello-green").await.unwrap(), Reason { lines, cure: None });
+        for nomad in versions(NOMAD) {
+            let (_replay, api) = replay(&nomad, &["evaluations-placed", "allocations-dying", "logs"]).await;
+            let reason = explain(&api, "hello-green").await.unwrap();
+            assert_eq!(reason.cure, None);
+            let [events, out, errors] = &reason.lines[..] else { panic!("{reason:?}") };
+            let said = "hello-green.1[0]: Task started by client; Exit Code: 1; Task restarting in 1.";
+            assert!(events.starts_with(said), "{events}");
+            assert_eq!(out, "its last lines: starting | starting | starting | starting");
+            assert_eq!(errors, "its last lines: no database | no database | no database | no database");
+        }
     }
 
     #[tokio::test]
     async fn what_keeps_a_job_from_being_placed() {
-        for (recording, groups, why, cure) in [
-            ("memory", &[2][..], "memory exhausted on 1 node", "memory-mb"),
-            ("driver", &[1, 2], "missing drivers on 1 node", "docker"),
-            // Evaluations of the jobs before, which were purged, are in the same answer.
-            ("ineligible", &[1, 2], "no node is ready and eligible", "eligibility"),
-        ] {
-            let (_replay, api) = replay(&[&format!("nomad-evaluations-{recording}")]).await;
-            let reason = unplaced(&api, "hello-green").await.unwrap();
-            let line = |group| format!("Nomad cannot place group {group} of hello-green: {why}");
-            let expected: Vec<String> = groups.iter().map(line).collect();
-            assert_eq!(reason.lines, expected);
-            assert!(reason.cure.unwrap().contains(cure), "{reason:?}");
+        for nomad in versions(NOMAD) {
+            for (recording, groups, why, cure) in [
+                // There is room for one of the two, by chance this or that.
+                ("memory", 1, "memory exhausted on 1 node", "memory-mb"),
+                ("driver", 2, "missing drivers on 1 node", "docker"),
+                // Evaluations of the jobs before, which were purged, are in the same answer.
+                ("ineligible", 2, "no node is ready and eligible", "eligibility"),
+            ] {
+                let (_replay, api) = replay(&nomad, &[&format!("evaluations-{recording}")]).await;
+                let reason = unplaced(&api, "hello-green").await.unwrap();
+                let both =
+                    [1, 2].map(|group| format!("Nomad cannot place group {group} of hello-green: {why}"));
+                assert_eq!(reason.lines.len(), groups, "{reason:?}");
+                assert!(reason.lines.iter().all(|line| both.contains(line)), "{reason:?}");
+                assert!(reason.cure.unwrap().contains(cure), "{reason:?}");
+            }
         }
     }
 
     #[tokio::test]
     async fn a_snapshot_is_what_brings_the_token_back() {
-        let (replay, api) = replay(&["nomad-snapshot", "nomad-bootstrap", "nomad-snapshot-restore"]).await;
-        let snapshot = api.download(SNAPSHOT).await.unwrap();
-        assert_eq!(snapshot[..2], [0x1f, 0x8b], "gzip");
-        // A Nomad that has just begun is entered by a first token, which the snapshot forgets.
-        let reset = |index: &str| panic!("reset to {index}");
-        let first = bootstrap(&replay.api(NOMAD, None), None, reset).await.unwrap();
-        assert!(!api.knows_token().await);
-        assert_eq!(snapshot, replay.next_bytes());
-        api.with(&first).upload(SNAPSHOT, &snapshot).await.unwrap();
-        assert!(api.knows_token().await);
-        assert!(!api.with(&first).knows_token().await);
+        for nomad in versions(NOMAD) {
+            let (replay, api) = replay(&nomad, &["snapshot", "bootstrap", "snapshot-restore"]).await;
+            let snapshot = api.download(SNAPSHOT).await.unwrap();
+            assert_eq!(snapshot[..2], [0x1f, 0x8b], "gzip");
+            // A Nomad that has just begun is entered by a first token, which the snapshot forgets.
+            let reset = |index: &str| panic!("reset to {index}");
+            let first = bootstrap(&replay.api(None), None, reset).await.unwrap();
+            assert!(!api.tells_token().await.unwrap());
+            assert_eq!(snapshot, replay.next_bytes());
+            api.with(&first).upload(SNAPSHOT, &snapshot).await.unwrap();
+            assert!(api.tells_token().await.unwrap());
+            assert!(!api.with(&first).tells_token().await.unwrap());
+        }
     }
 
     #[tokio::test]
     async fn snapshots_that_cannot_be_had_or_put_back() {
-        let recordings = ["nomad-snapshot-no-leader", "nomad-snapshot-denied", "nomad-snapshot-damaged"];
-        let (replay, api) = replay(&recordings).await;
-        for (api, said) in [
-            (&api, "500 Internal Server Error: No cluster leader"),
-            // Elsewhere Nomad says 403 of the same.
-            (&api.with(UNKNOWN), "400 Bad Request: ACL token not found"),
-        ] {
-            let e = api.download(SNAPSHOT).await.unwrap_err();
-            let what = format!("Nomad answers {SNAPSHOT} with {said}");
-            assert_eq!((e.code, e.what), (Code::Stack, what));
+        for nomad in versions(NOMAD) {
+            let recordings = ["snapshot-no-leader", "snapshot-denied", "snapshot-damaged"];
+            let (replay, api) = replay(&nomad, &recordings).await;
+            for (api, said) in [
+                (&api, &["500 Internal Server Error: No cluster leader"][..]),
+                // Elsewhere Nomad 1.1 says 403 of the same.
+                (
+                    &api.with(UNKNOWN),
+                    &["400 Bad Request: ACL token not found", "403 Forbidden: Permission denied"],
+                ),
+            ] {
+                let e = api.download(SNAPSHOT).await.unwrap_err();
+                let what = |said: &&str| format!("Nomad answers {SNAPSHOT} with {said}");
+                assert!(e.code == Code::Stack && said.iter().map(what).any(|what| what == e.what), "{e:?}");
+            }
+            let first = api.with("00000000-0000-4000-8000-000000000007");
+            let e = first.upload(SNAPSHOT, &replay.next_bytes()).await.unwrap_err();
+            let said = "500 Internal Server Error: failed to restore from snapshot";
+            assert!(e.what.contains(said), "{}", e.what);
         }
-        let first = api.with("00000000-0000-4000-8000-000000000007");
-        let e = first.upload(SNAPSHOT, &replay.next_bytes()).await.unwrap_err();
-        assert!(e.what.contains("500 Internal Server Error: failed to restore from snapshot"), "{}", e.what);
     }
 }

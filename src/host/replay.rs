@@ -1,7 +1,8 @@
-//! A server for tests that stands in for Consul or Nomad: it gives the answers they once gave
+//! A server for tests that stands in for a version of Consul or Nomad: it gives the answers this once gave
 //! (tests/recorded), in order, each to exactly the request that it was the answer to.
 
 use std::collections::VecDeque;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use base64::Engine;
@@ -21,8 +22,33 @@ pub fn secret(token: Token) -> String {
     format!("00000000-0000-4000-8000-{:012}", token as u8 + 1)
 }
 
+/// The folder of a version whose answers are recorded.
+pub struct Recorded {
+    server: Server,
+    folder: PathBuf,
+    pub version: String,
+}
+
+/// Every version that is recorded: each test runs with all of them.
+pub fn versions(server: Server) -> Vec<Recorded> {
+    let folders = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/recorded");
+    let mut versions = Vec::new();
+    for entry in std::fs::read_dir(&folders).unwrap() {
+        let folder = entry.unwrap().path();
+        let name = folder.file_name().unwrap().to_str().unwrap();
+        if let Some((product, version)) = name.split_once('-')
+            && product == server.unit
+        {
+            versions.push(Recorded { server, version: version.to_owned(), folder });
+        }
+    }
+    assert!(!versions.is_empty(), "no recording of {} in {}", server.unit, folders.display());
+    versions
+}
+
 /// Dropped at the end of a test, it fails the test if anything else was asked, or less.
 pub struct Replay {
+    server: Server,
     base: &'static str,
     state: Arc<Mutex<State>>,
 }
@@ -35,7 +61,9 @@ struct State {
 
 struct Exchange {
     request: Request,
-    answer: Vec<u8>,
+    /// Of the answer.
+    head: String,
+    body: Vec<u8>,
 }
 
 /// What of a request has to be as it was recorded.
@@ -49,19 +77,24 @@ struct Request {
     body: Option<Value>,
 }
 
-impl Replay {
-    pub async fn of(recordings: &[&str]) -> Self {
-        let expected = recordings.iter().flat_map(|name| read(name)).collect();
+impl Recorded {
+    pub async fn replay(&self, recordings: &[&str]) -> Replay {
+        // Shown where the test fails.
+        println!("{}: {recordings:?}", self.folder.display());
+        let expected =
+            recordings.iter().flat_map(|name| read(&self.folder.join(format!("{name}.http")))).collect();
         let state = Arc::new(Mutex::new(State { expected, surprises: Vec::new() }));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let base = format!("http://{}", listener.local_addr().unwrap()).leak();
         tokio::spawn(serve(listener, Arc::clone(&state)));
-        Self { base, state }
+        Replay { server: self.server, base, state }
     }
+}
 
-    pub fn api(&self, server: Server, token: Option<Token>) -> Api {
+impl Replay {
+    pub fn api(&self, token: Option<Token>) -> Api {
         let _ = rustls::crypto::ring::default_provider().install_default();
-        Api::replayed(server, self.base, token.map(secret)).unwrap()
+        Api::replayed(self.server, self.base, token.map(secret)).unwrap()
     }
 
     /// The body of the request that is expected next.
@@ -72,6 +105,11 @@ impl Replay {
     /// The same where it is no JSON.
     pub fn next_bytes(&self) -> Vec<u8> {
         BASE64.decode(self.next_body().as_str().unwrap()).unwrap()
+    }
+
+    /// The body of the answer that is given next.
+    pub fn next_answer(&self) -> String {
+        String::from_utf8(self.state.lock().unwrap().expected[0].body.clone()).unwrap()
     }
 }
 
@@ -112,9 +150,8 @@ fn body(text: &str) -> Vec<u8> {
 }
 
 /// The exchanges in a file: request, a line with the time it took, answer.
-fn read(name: &str) -> Vec<Exchange> {
-    let path = format!("{}/tests/recorded/{name}.http", env!("CARGO_MANIFEST_DIR"));
-    let text = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{path}: {e}"));
+fn read(path: &Path) -> Vec<Exchange> {
+    let text = std::fs::read_to_string(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
     let exchange = |text: &str| {
         let (asked, answered) = text.split_once("\n===== response after ").unwrap();
         let (head, sent) = asked.split_once("\n\n").unwrap();
@@ -127,7 +164,7 @@ fn read(name: &str) -> Vec<Exchange> {
         let head = head.join("\r\n");
         let length = given.len();
         let head = format!("{head}\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n");
-        Exchange { request, answer: [head.into_bytes(), given].concat() }
+        Exchange { request, head, body: given }
     };
     text.split("===== next request\n").map(exchange).collect()
 }
@@ -145,7 +182,8 @@ async fn serve(listener: TcpListener, state: Arc<Mutex<State>>) {
 
 fn answer(state: &mut State, request: Request) -> Vec<u8> {
     if state.expected.front().is_some_and(|next| next.request == request) {
-        return state.expected.pop_front().unwrap().answer;
+        let exchange = state.expected.pop_front().unwrap();
+        return [exchange.head.into_bytes(), exchange.body].concat();
     }
     let expected = state.expected.front().map(|next| &next.request);
     let surprise = format!("asked {request:?}, expected {expected:?}");
