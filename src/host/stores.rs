@@ -314,7 +314,7 @@ mod tests {
     fn a_damaged_database_is_named() {
         for (bytes, why) in [
             (vec![0x5a; 40000], "is no database"),
-            (bolt()[..100].to_vec(), "is no database"),
+            (bolt()[..60].to_vec(), "is no database"),
             (bolt()[..8192].to_vec(), "is cut short"),
         ] {
             for store in ["server/raft/raft.db", "client/state.db"] {
