@@ -7,7 +7,7 @@ use std::path::Path;
 use assert_cmd::Command;
 use support::*;
 
-const VERBS: [&str; 26] = [
+const VERBS: [&str; 27] = [
     "keygen",
     "pack",
     "inspect",
@@ -26,6 +26,7 @@ const VERBS: [&str; 26] = [
     "secrets",
     "backup",
     "restore",
+    "repair",
     "history",
     "logs",
     "support",

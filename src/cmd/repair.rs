@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::{ChangeArgs, restore, upgrade};
 use crate::apply;
 use crate::audit::{self, Event};
-use crate::bundle::manifest::{Engine, Product};
+use crate::bundle::manifest::Engine;
 use crate::error::{Code, OrCode, Result};
 use crate::host::config::Installed;
 use crate::host::lock::HostLock;
@@ -35,8 +35,8 @@ const VERB: &str = "repair";
                         in Consul or Nomad come back with zd restore.")]
 pub struct Args {
     /// Begin the stores of these anew, broken or not
-    #[arg(value_name = "nomad|consul")]
-    products: Vec<Product>,
+    #[arg(value_parser = ["nomad", "consul"], value_name = "nomad|consul")]
+    products: Vec<String>,
     #[command(flatten)]
     change: ChangeArgs,
 }
@@ -157,14 +157,14 @@ fn goals(serving: &BTreeMap<Name, Serving>, resumed: bool) -> Result<BTreeMap<Na
 }
 
 /// What an interrupted run has begun goes on: by then its stores may look whole.
-fn rebuild(asked: &[Product], broken: &[Broken], resumed: Option<&Receipt>) -> Vec<Rebuild> {
+fn rebuild(asked: &[String], broken: &[Broken], resumed: Option<&Receipt>) -> Vec<Rebuild> {
     let mut all: BTreeSet<Rebuild> = broken.iter().map(Rebuild::of).collect();
     let begun = |rebuild: &Rebuild| {
         let title =
             Step::Rebuild { product: rebuild.product(), stores: Vec::new(), aside: PathBuf::new() }.title();
         resumed.is_some_and(|receipt| receipt.steps.iter().any(|step| step.step == title))
     };
-    let asked = |rebuild: &Rebuild| asked.contains(&rebuild.product());
+    let asked = |rebuild: &Rebuild| asked.iter().any(|product| product == rebuild.product().as_str());
     all.extend(
         [Rebuild::Consul, Rebuild::Nomad].into_iter().filter(|rebuild| asked(rebuild) || begun(rebuild)),
     );
