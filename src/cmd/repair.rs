@@ -25,7 +25,7 @@ use crate::receipt::{self, Receipt};
 use crate::service::cluster;
 use crate::ui::Ui;
 
-const VERB: &str = "repair";
+pub const VERB: &str = "repair";
 
 /// Begin broken stores of Consul and Nomad anew, from what zd knows, while the services serve
 #[derive(clap::Args)]

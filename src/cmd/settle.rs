@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::publish::wait_for_lock;
+use super::repair;
 use super::undo::{is_first_install, take_back};
 use crate::apply::Way;
 use crate::bundle::manifest::Engine;
@@ -30,7 +31,8 @@ pub async fn run(_: Args, ui: &Ui) -> Result<()> {
     }
     let _lock = wait_for_lock("settle", LIMIT, ui).await?;
     let Some(mut journal) = receipt::unfinished()? else { return Ok(()) };
-    if is_first_install(&journal)? {
+    // A repair goes on only with somebody who looks at what it finds; meanwhile what serves goes on serving.
+    if is_first_install(&journal)? || journal.header.verb == repair::VERB {
         return Ok(());
     }
     let reason = "the host went down in the middle of it";

@@ -2,10 +2,10 @@
 
 use serde::Serialize;
 
-use super::ChangeArgs;
+use super::{ChangeArgs, repair};
 use crate::apply::{self, Way};
 use crate::audit::{self, Event};
-use crate::error::Result;
+use crate::error::{Code, Result};
 use crate::host::config::Installed;
 use crate::host::lock::HostLock;
 use crate::host::{Host, fs, paths};
@@ -38,6 +38,11 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
         return Ok(());
     };
     let header = journal.header.clone();
+    if header.verb == repair::VERB {
+        return Err(Code::Unfinished
+            .err("an interrupted repair has no way back: what it began anew could not be read")
+            .cure("zd repair goes on where it stopped"));
+    }
     let first = is_first_install(&journal)?;
     let way = if first || Installed::read()?.is_none() { Way::Purge } else { Way::Back };
     let finished = way == Way::Back && apply::finish_of(&journal).is_some();

@@ -8,7 +8,6 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use super::api::Api;
 use super::{consul as consul_api, fs, nomad as nomad_api, paths};
 use crate::bundle::manifest::{Engine, Product};
 use crate::error::{At, Result};
@@ -20,8 +19,8 @@ const BOLT_MAGIC: u32 = 0xED0C_DAED;
 const BOLT_VERSION: u32 = 2;
 /// Bytes of a meta that its checksum, which follows them, covers.
 const BOLT_SUMMED: usize = 56;
-/// A single server elects itself in this time.
-const ELECTS: Duration = Duration::from_secs(8);
+/// A single server that was started knows in this time what it knew before.
+const SETTLES: Duration = Duration::from_secs(8);
 const EVERY: Duration = Duration::from_millis(250);
 /// Names of the files by which Nomad's servers know a client again.
 pub const NOMAD_IDS: [&str; 2] = ["client-id", "secret-id"];
@@ -74,35 +73,37 @@ pub async fn diagnose(installed: &Installed) -> Result<Vec<Broken>> {
     if installed.lock.engine == Engine::Docker {
         return Ok(found);
     }
-    for product in [Product::Consul, Product::Nomad] {
-        let (store, knows, leads) = match product {
-            Product::Consul => {
-                let path = Path::new(paths::CONSUL_DATA).join("raft/raft.db");
-                (path, consul_api::knows_tokens().await, is_led(consul_api::zd()).await)
+    let consul = Path::new(paths::CONSUL_DATA).join("raft/raft.db");
+    let nomad = Path::new(paths::NOMAD_DATA).join("server/raft/raft.db");
+    for (product, path, api) in
+        [(Product::Consul, consul, consul_api::zd()), (Product::Nomad, nomad, nomad_api::connect())]
+    {
+        // Without a token there was never an install that came so far.
+        let (false, Ok(api)) = (found.iter().any(|b| b.product == product), api) else { continue };
+        let leads = settled(async || api.has_leader().await).await;
+        let knows = settled(async || match product {
+            Product::Consul => consul_api::knows_tokens().await,
+            _ => nomad_api::knows_token().await,
+        });
+        let why = match leads {
+            Ok(false) => "elects no leader",
+            Ok(true) if matches!(knows.await, Ok(false)) => {
+                "was begun anew: it does not know the tokens of zd"
             }
-            _ => {
-                let path = Path::new(paths::NOMAD_DATA).join("server/raft/raft.db");
-                (path, nomad_api::knows_token().await, is_led(nomad_api::connect()).await)
-            }
-        };
-        let why = match (leads, knows) {
-            (Ok(false), _) => "elects no leader",
-            (_, Ok(false)) => "was begun anew: it does not know the tokens of zd",
             _ => continue,
         };
-        if !found.iter().any(|b| b.product == product) {
-            found.push(Broken { product, path: store, why: why.into() });
-        }
+        found.push(Broken { product, path, why: why.into() });
     }
     Ok(found)
 }
 
-/// Whether a server that answers has a leader, or gets one in the time that this takes: itself, for it is the only one.
-async fn is_led(api: Result<Api>) -> Result<bool> {
-    let (api, start) = (api?, Instant::now());
+/// What a server says that may just have been started: no, only when it does not say otherwise in the time that it takes
+/// to elect itself and to read its log again.
+async fn settled(mut ask: impl AsyncFnMut() -> Result<bool>) -> Result<bool> {
+    let start = Instant::now();
     loop {
-        match api.has_leader().await {
-            Ok(false) if start.elapsed() < ELECTS => tokio::time::sleep(EVERY).await,
+        match ask().await {
+            Ok(false) if start.elapsed() < SETTLES => tokio::time::sleep(EVERY).await,
             other => return other,
         }
     }
