@@ -9,28 +9,27 @@ use std::time::{Duration, Instant};
 use cap_std::fs::{Dir, OpenOptions, OpenOptionsExt};
 use serde_json::Value;
 
-use super::check::{at_work, backup, coming, consul_data, tag, tool_program, untouched};
+use super::check::{at_work, backup, coming, tag, tool_program, untouched};
+use super::daemon::{as_node_of, copy_data, pass_stones, rebuild, run_with};
 use crate::audit;
 use crate::backup::Backup;
 use crate::backup::index::{CONSUL_SNAPSHOT, Entry, NOMAD_SNAPSHOT};
 use crate::bundle::Bundle;
 use crate::bundle::manifest::{Engine, Product, Service};
 use crate::bundle::sources::cache::hash_file;
-use crate::error::{At, Code, Error, Result};
-use crate::failpoint;
+use crate::error::{At, Code, Result};
 use crate::host::config::Installed;
 use crate::host::docker::{Docker, Found};
 use crate::host::fs::UNFINISHED;
 use crate::host::registry::Registry;
 use crate::host::{
-    Host, consul, exec, firewall, fs as hostfs, generation, nginx, nomad, packages, paths, systemd, until,
+    Host, consul, exec, fs as hostfs, generation, jobs, nginx, nomad, packages, paths, systemd, until,
 };
 use crate::ids::{Digest, Name, Slot};
 use crate::plan::slot::{images, named_as};
-use crate::plan::{DataCopy, Process, Restored, Standing, Step, Stone, Text};
+use crate::plan::{Process, Restored, Step, Text};
 use crate::service::pointer::{self, Pointer};
 use crate::service::state::{Filled, State};
-use crate::service::watch::Watch;
 use crate::service::{health, reload, renew, switch};
 
 /// How long a job's containers may take to stop.
@@ -140,7 +139,7 @@ pub async fn act(step: &Step, host: &Host<'_>) -> Result<()> {
             state.write(service)
         }
         Step::Resize { service, slot, job } => {
-            let before = nomad::job(&nomad::connect()?, &paths::job(service, *slot)).await?;
+            let before = jobs::job(&nomad::connect()?, &paths::job(service, *slot)).await?;
             resize_job(service, *slot, &named_as(job, &before.unwrap_or_default(), &coming(host)?.host)).await
         }
         Step::Key { key, value } => consul::set(&consul::zd()?, key, value).await,
@@ -208,41 +207,6 @@ pub async fn act(step: &Step, host: &Host<'_>) -> Result<()> {
     }
 }
 
-/// Consul begins again with the node id of the backup. Its raft knows a server by that: what was written under another
-/// id, or cannot be read, elects no leader.
-async fn as_node_of(backup: &Backup) -> Result<()> {
-    copy_data(consul::UNIT, &consul_data()).await?;
-    systemd::stop(consul::UNIT).await?;
-    let folder = Path::new(paths::CONSUL_DATA);
-    hostfs::remove_tree(folder)?;
-    hostfs::make_dir(folder, 0o750, Some(paths::CONSUL_USER))?;
-    for entry in backup.index.beneath(folder) {
-        put(backup, entry)?;
-    }
-    systemd::start(consul::UNIT).await
-}
-
-/// Half of the stores may be aside already, by a run that was killed.
-async fn rebuild(product: Product, stores: &[PathBuf], aside: &Path, installed: &Installed) -> Result<()> {
-    let unit = format!("{product}.service");
-    // One that cannot read its store may wait out its time; nothing of it is worth writing down.
-    systemd::kill(&unit).await?;
-    systemd::stop(&unit).await?;
-    hostfs::make_dir(aside, 0o700, None)?;
-    for store in stores.iter().filter(|store| store.exists()) {
-        hostfs::unmount_beneath(store).await?;
-        let to = aside.join(store.file_name().unwrap_or_default());
-        std::fs::rename(store, &to).at(store)?;
-        store.parent().map_or(Ok(()), hostfs::sync_dir)?;
-    }
-    hostfs::sync_dir(aside)?;
-    systemd::start(&unit).await?;
-    match product {
-        Product::Nomad => nomad::begin_anew().await,
-        Product::Consul | Product::ConsulTemplate => consul::set_up(&installed.host.node()).await,
-    }
-}
-
 /// Images that Nomad is about to start. It would pull them itself, and the time that takes would be taken from that in
 /// which a slot must become healthy.
 async fn pull(images: impl IntoIterator<Item = String>, installed: &Installed) -> Result<()> {
@@ -291,7 +255,7 @@ async fn restore(host: &Host<'_>, restored: &Restored) -> Result<()> {
     }
 }
 
-fn put(backup: &Backup, entry: &Entry) -> Result<()> {
+pub fn put(backup: &Backup, entry: &Entry) -> Result<()> {
     let missing = || Code::Bug.err(format!("{} is not in the backup", entry.path));
     let bytes = backup.member(&entry.path).ok_or_else(missing)?;
     hostfs::write_beneath(&entry.place(), bytes, entry.mode, entry.owner.as_deref())
@@ -353,7 +317,7 @@ fn extract(
     dir.rename(UNFINISHED, dir, name).at(&path)
 }
 
-fn write(Text { path, text, mode, owner }: &Text) -> Result<()> {
+pub fn write(Text { path, text, mode, owner }: &Text) -> Result<()> {
     hostfs::write(path, text.as_bytes(), *mode, owner.as_deref())
 }
 
@@ -381,73 +345,6 @@ fn keep_tool(path: &Path) -> Result<PathBuf> {
     Ok(kept)
 }
 
-/// Once: a copy that is there is of before the program changed.
-async fn copy_data(unit: &str, data: &DataCopy) -> Result<()> {
-    if data.copy.exists() {
-        return Ok(());
-    }
-    systemd::stop(unit).await?;
-    hostfs::make_dir(Path::new(paths::BEFORE), 0o700, None)?;
-    let partial = data.copy.with_extension("partial");
-    hostfs::remove_tree(&partial)?;
-    hostfs::make_dir(&partial, 0o700, None)?;
-    for folder in data.folders.iter().filter(|f| f.exists()) {
-        hostfs::copy_tree(folder, &partial.join(folder.file_name().unwrap_or_default())).await?;
-    }
-    std::fs::rename(&partial, &data.copy).at(&data.copy)
-}
-
-async fn run_with(unit: &str, files: &[Text]) -> Result<()> {
-    files.iter().try_for_each(write)?;
-    systemd::enable(unit).await?;
-    take_up(unit).await
-}
-
-/// Runs the versions between, each until it serves as the one before did. A run that was killed goes on with the one
-/// whose unit is on disk: the data may be that one's already.
-async fn pass_stones(unit: &str, files: &[Text], via: &[Stone], host: &Host<'_>) -> Result<()> {
-    let is_on_disk = |files: &[Text]| {
-        files
-            .last()
-            .is_some_and(|unit| std::fs::read_to_string(&unit.path).is_ok_and(|found| found == unit.text))
-    };
-    if via.is_empty() || is_on_disk(files) {
-        return Ok(());
-    }
-    let reached = via.iter().position(|stone| is_on_disk(&stone.files)).unwrap_or(0);
-    let installed = coming(host)?;
-    let containers = running(&installed).await?;
-    for Stone { version, files } in &via[reached..] {
-        let start = Instant::now();
-        let pass = async {
-            run_with(unit, files).await?;
-            failpoint::reach(&format!("stone:{version}"));
-            match unit {
-                consul::UNIT => consul::set_up(&installed.host.node()).await?,
-                _ => {
-                    nomad::set_up().await?;
-                    nomad::still_runs(&containers).await?;
-                }
-            }
-            untouched(&containers).await?;
-            host.watch.map_or(Ok(()), Watch::verdict)
-        };
-        pass.await.map_err(|e: Error| e.during(version))?;
-        host.ui.done(format!("{unit} serves with {version} ({:.1} s)", start.elapsed().as_secs_f64()));
-    }
-    Ok(())
-}
-
-/// Containers of all slots.
-async fn running(installed: &Installed) -> Result<Vec<Standing>> {
-    let docker = Docker::connect().await?;
-    let mut running = Vec::new();
-    for (service, slot) in installed.lock.services.iter().flat_map(|s| Slot::BOTH.map(|slot| (s, slot))) {
-        running.extend(docker.standing(&service.name, slot).await?);
-    }
-    Ok(running)
-}
-
 /// Registers a slot's job when the one before has made room.
 pub async fn place_job(service: &Name, slot: Slot, job: &Value) -> Result<()> {
     clear_job(service, slot).await?;
@@ -456,7 +353,7 @@ pub async fn place_job(service: &Name, slot: Slot, job: &Value) -> Result<()> {
 
 /// Registers a job and keeps its record: a job that no longer covers it was changed by somebody else.
 async fn register(service: &Name, slot: Slot, job: &Value) -> Result<()> {
-    let record = nomad::register(&nomad::connect()?, &paths::job(service, slot), job).await?;
+    let record = jobs::register(&nomad::connect()?, &paths::job(service, slot), job).await?;
     hostfs::write(&paths::placed_job(service, slot), format!("{record:#}\n").as_bytes(), 0o600, None)
 }
 
@@ -469,23 +366,15 @@ pub async fn resize_job(service: &Name, slot: Slot, job: &Value) -> Result<()> {
 
 /// Stops a slot's job and waits until its containers, and so their addresses, are free.
 pub async fn clear_job(service: &Name, slot: Slot) -> Result<()> {
-    nomad::purge(&nomad::connect()?, &paths::job(service, slot)).await?;
+    jobs::purge(&nomad::connect()?, &paths::job(service, slot)).await?;
     gone(service, slot, |_| true).await
-}
-
-/// A daemon takes up its files. The firewall's has no process: a reload shuts no port that stays open.
-pub async fn take_up(unit: &str) -> Result<()> {
-    match unit == firewall::UNIT {
-        true => systemd::reload(unit).await,
-        false => systemd::restart(unit).await,
-    }
 }
 
 /// With Nomad gone its containers are still there: they are removed as well.
 pub async fn remove_job(service: &Name, slot: Slot) -> Result<()> {
     if nomad::version().await.is_ok() {
         clear_job(service, slot).await?;
-        return nomad::collect_garbage(&nomad::connect()?).await;
+        return jobs::collect_garbage(&nomad::connect()?).await;
     }
     let Ok(docker) = Docker::connect().await else { return Ok(()) };
     docker.clear_slot(service, slot).await
@@ -533,7 +422,7 @@ async fn gone(service: &Name, slot: Slot, such: impl Fn(&Found) -> bool) -> Resu
         if left.is_empty() {
             return Ok(());
         }
-        if ended.is_none() && nomad::has_ended(&api, &job).await.unwrap_or(false) {
+        if ended.is_none() && jobs::has_ended(&api, &job).await.unwrap_or(false) {
             ended = Some(Instant::now());
         }
         if start.elapsed() > STOPPED || ended.is_some_and(|at| at.elapsed() > CLEARED) {

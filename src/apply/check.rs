@@ -18,7 +18,7 @@ use crate::host::config::{HostConfig, Installed};
 use crate::host::docker::Docker;
 use crate::host::registry::Registry;
 use crate::host::secrets::Token;
-use crate::host::{Host, consul, fs as hostfs, nginx, nomad, packages, paths, stores, systemd, until};
+use crate::host::{Host, consul, fs as hostfs, jobs, nginx, nomad, packages, paths, stores, systemd, until};
 use crate::ids::{Digest, Name, Slot};
 use crate::plan::slot::{named_as, same_content};
 use crate::plan::{DataCopy, Moved, Standing, Step, Text, Undo};
@@ -362,14 +362,14 @@ async fn registered(
     wanted: &Value,
     host: &Host<'_>,
 ) -> Result<Option<(bool, Value)>> {
-    let Some(before) = nomad::job(&nomad::connect()?, &paths::job(service, slot)).await? else {
+    let Some(before) = jobs::job(&nomad::connect()?, &paths::job(service, slot)).await? else {
         return Ok(None);
     };
     let wanted = named_as(wanted, &before, &coming(host)?.host);
-    let same = match nomad::record(service, slot)? {
+    let same = match jobs::record(service, slot)? {
         // Also where what was submitted had a field that is no longer wanted.
-        Some(record) => nomad::covers(&before, &record) && nomad::is_record_of(&record, &wanted),
-        None => nomad::covers(&before, &wanted),
+        Some(record) => jobs::covers(&before, &record) && jobs::is_record_of(&record, &wanted),
+        None => jobs::covers(&before, &wanted),
     };
     Ok(Some((!same, before)))
 }

@@ -2,6 +2,7 @@
 
 mod act;
 mod check;
+mod daemon;
 mod revert;
 
 use std::convert::Infallible;

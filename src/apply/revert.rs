@@ -7,9 +7,8 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 
 use super::Way;
-use super::act::{
-    aside, drop_services, load_gate, place_job, remove_job, resize_job, switch_to, take_up, trust_ca,
-};
+use super::act::{aside, drop_services, load_gate, place_job, remove_job, resize_job, switch_to, trust_ca};
+use super::daemon::take_up;
 use crate::error::{At, Code, OrCode, Result};
 use crate::facts;
 use crate::host::config::{HostConfig, Installed};

@@ -16,7 +16,7 @@ use crate::error::{Code, OrCode, Result};
 use crate::host::config::Installed;
 use crate::host::lock::HostLock;
 use crate::host::stores::{self, Broken};
-use crate::host::{Host, fs, nomad, paths};
+use crate::host::{Host, fs, jobs, nomad, paths};
 use crate::ids::Name;
 use crate::plan::Step;
 use crate::plan::repair::{self as planner, Goal, Rebuild};
@@ -129,7 +129,7 @@ async fn serving(
     for (name, service) in &mut all {
         service.adopted.clear();
         for (slot, containers) in service.containers.iter().filter(|_| resumed) {
-            let known = nomad::allocation_ids(&nomad::connect()?, &paths::job(name, *slot)).await;
+            let known = jobs::allocation_ids(&nomad::connect()?, &paths::job(name, *slot)).await;
             let known = known.unwrap_or_default();
             if !containers.is_empty() && containers.iter().all(|c| known.contains(&c.allocation)) {
                 service.adopted.insert(*slot);

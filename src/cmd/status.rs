@@ -17,7 +17,7 @@ use crate::facts;
 use crate::host::config::Installed;
 use crate::host::docker::{self, Docker, Found};
 use crate::host::lock::HostLock;
-use crate::host::{consul, nginx, nomad, packages, paths, stores, systemd};
+use crate::host::{consul, jobs, nginx, nomad, packages, paths, stores, systemd};
 use crate::ids::{Name, Slot};
 use crate::plan;
 use crate::plan::backup::{SERVICE, TIMER};
@@ -274,12 +274,12 @@ async fn stack_drift(installed: &Installed, service: &Service) -> Vec<Drift> {
         let active = pointer::read(name).is_ok_and(|p| p.slot() == *slot);
         let first = if active { "zd switch, then " } else { "" };
         let cure = format!("{first}zd deploy {}", filled.version);
-        let record = nomad::record(name, *slot).unwrap_or_default();
-        match nomad::job(&nomad, &id).await {
+        let record = jobs::record(name, *slot).unwrap_or_default();
+        match jobs::job(&nomad, &id).await {
             Ok(None) => drift.push(Drift::new(format!("Nomad job {id} is gone"), cure)),
             Ok(Some(found)) => {
                 let same = match record {
-                    Some(record) => Ok(nomad::covers(&found, &record)),
+                    Some(record) => Ok(jobs::covers(&found, &record)),
                     // An earlier zd has not kept it, and made it from a template of its own.
                     None => plan::slot::job(installed, service, *slot, &reference, &filled.digest)
                         .map(|job| plan::slot::same_content(&found, &job)),

@@ -9,6 +9,7 @@ pub mod firewall;
 pub mod fs;
 pub mod generation;
 pub mod http;
+pub mod jobs;
 pub mod lock;
 pub mod nginx;
 pub mod nomad;

@@ -89,6 +89,13 @@ impl Recorded {
         tokio::spawn(serve(listener, Arc::clone(&state)));
         Replay { server: self.server, base, state }
     }
+
+    /// As [`Recorded::replay`], asked with one token.
+    pub async fn asked(&self, recordings: &[&str], token: Token) -> (Replay, Api) {
+        let replay = self.replay(recordings).await;
+        let api = replay.api(Some(token));
+        (replay, api)
+    }
 }
 
 impl Replay {

@@ -13,7 +13,7 @@ use crate::bundle::manifest::{Engine, Service};
 use crate::error::{Code, Result};
 use crate::host::config::Installed;
 use crate::host::docker::{self, Docker};
-use crate::host::{exec, http, nomad, paths};
+use crate::host::{exec, http, jobs, nomad, paths};
 use crate::ids::Slot;
 
 const PROBE: Duration = Duration::from_secs(2);
@@ -100,7 +100,7 @@ async fn look(engine: Engine, service: &Service, slot: Slot, docker: &Docker) ->
             (Some(found), _) if found.restarts < RESTARTS => found,
             // Nomad starts each in its own time, and a new one where the last has ended.
             (None, Engine::Nomad) => {
-                let dying = nomad::keeps_ending(&nomad::connect()?, &paths::job(&service.name, slot)).await;
+                let dying = jobs::keeps_ending(&nomad::connect()?, &paths::job(&service.name, slot)).await;
                 return Ok(if dying { Life::Dying } else { Life::Young });
             }
             _ => return Ok(Life::Dying),
@@ -181,6 +181,6 @@ async fn unhealthy(
 }
 
 /// Why Nomad does not run a slot as it should.
-pub async fn explain(service: &Service, slot: Slot) -> Result<nomad::Reason> {
-    nomad::explain(&nomad::connect()?, &paths::job(&service.name, slot)).await
+pub async fn explain(service: &Service, slot: Slot) -> Result<jobs::Reason> {
+    jobs::explain(&nomad::connect()?, &paths::job(&service.name, slot)).await
 }
