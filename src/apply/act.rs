@@ -277,7 +277,12 @@ async fn put_aside(path: &Path) -> Result<()> {
 
 /// Where the copy of a file is.
 pub fn aside(path: &Path) -> PathBuf {
-    Path::new(paths::BEFORE).join(path.to_string_lossy().replace('/', "+"))
+    Path::new(paths::BEFORE).join(name_aside(path))
+}
+
+/// What a copy of a path is called.
+pub fn name_aside(path: &Path) -> String {
+    path.to_string_lossy().replace('/', "+")
 }
 
 pub async fn switch_to(service: &Name, slot: Slot, host: &Host<'_>) -> Result<()> {

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use super::act::{put, write};
+use super::act::{name_aside, put, write};
 use super::check::{coming, consul_data, untouched};
 use crate::backup::Backup;
 use crate::bundle::manifest::Product;
@@ -27,7 +27,7 @@ pub async fn copy_data(unit: &str, data: &DataCopy) -> Result<()> {
     hostfs::remove_tree(&partial)?;
     hostfs::make_dir(&partial, 0o700, None)?;
     for folder in data.folders.iter().filter(|f| f.exists()) {
-        hostfs::copy_tree(folder, &partial.join(folder.file_name().unwrap_or_default())).await?;
+        hostfs::copy_tree(folder, &partial.join(name_aside(folder))).await?;
     }
     std::fs::rename(&partial, &data.copy).at(&data.copy)
 }

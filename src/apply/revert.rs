@@ -7,7 +7,9 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 
 use super::Way;
-use super::act::{aside, drop_services, load_gate, place_job, remove_job, resize_job, switch_to, trust_ca};
+use super::act::{
+    aside, drop_services, load_gate, name_aside, place_job, remove_job, resize_job, switch_to, trust_ca,
+};
 use super::daemon::take_up;
 use crate::error::{At, Code, OrCode, Result};
 use crate::facts;
@@ -228,8 +230,8 @@ async fn put_back_data(unit: &str, data: &DataCopy) -> Result<()> {
     }
     systemd::stop(unit).await?;
     for folder in &data.folders {
-        let copy = data.copy.join(folder.file_name().unwrap_or_default());
-        hostfs::remove_tree(folder)?;
+        let copy = data.copy.join(name_aside(folder));
+        if folder.is_dir() { hostfs::remove_tree(folder) } else { hostfs::remove_file(folder) }?;
         if copy.exists() {
             hostfs::copy_tree(&copy, folder).await?;
         }

@@ -263,7 +263,7 @@ pub struct Standing {
     pub started_at: String,
 }
 
-/// Folders of a stopped daemon, and the folder that they are copied to.
+/// Folders and files of a stopped daemon, and the folder that they are copied to.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct DataCopy {
     pub folders: Vec<PathBuf>,

@@ -16,7 +16,7 @@ use crate::host::config::{HostConfig, Installed};
 use crate::host::paths::{self, CONSUL_TEMPLATE_USER, CONSUL_USER};
 use crate::host::secrets::{Secret, Token};
 use crate::host::{consul, nginx, nomad};
-use crate::ids::Version;
+use crate::ids::{Slot, Version};
 
 impl Builder<'_> {
     pub(super) fn programs(&mut self, installed: &Installed) {
@@ -124,7 +124,7 @@ impl Builder<'_> {
     fn data_copy(&self, installed: &Installed, product: Product) -> Result<Option<DataCopy>> {
         let Some(before) = self.before else { return Ok(None) };
         let (before, now) = (release(before, product)?, release(&installed.lock, product)?);
-        let folders = data_of(product);
+        let folders = data_of(product, &installed.lock);
         let copy = Path::new(paths::BEFORE).join(product.as_str());
         Ok((before.digest != now.digest && !folders.is_empty()).then_some(DataCopy { folders, copy }))
     }
@@ -198,12 +198,14 @@ fn nomad_config(installed: &Installed, version: &Version) -> Result<Text> {
     Ok(text_file(Path::new(paths::NOMAD_ETC).join("nomad.json"), format!("{config:#}\n")))
 }
 
-/// What a newer program may write in a way that the one before cannot read. A task's folders are not among it.
-fn data_of(product: Product) -> Vec<PathBuf> {
+/// What a newer program may write in a way that the one before cannot read, and the records of the jobs in it. A task's
+/// folders are not among it.
+fn data_of(product: Product, lock: &Lock) -> Vec<PathBuf> {
     let nomad = Path::new(paths::NOMAD_DATA);
+    let records = lock.services.iter().flat_map(|s| Slot::BOTH.map(|slot| paths::placed_job(&s.name, slot)));
     match product {
         Product::Consul => vec![paths::CONSUL_DATA.into()],
-        Product::Nomad => vec![nomad.join("server"), nomad.join("client")],
+        Product::Nomad => [nomad.join("server"), nomad.join("client")].into_iter().chain(records).collect(),
         Product::ConsulTemplate => Vec::new(),
     }
 }
