@@ -231,7 +231,7 @@ async fn put_back_data(unit: &str, data: &DataCopy) -> Result<()> {
     systemd::stop(unit).await?;
     for folder in &data.folders {
         let copy = data.copy.join(name_aside(folder));
-        if folder.is_dir() { hostfs::remove_tree(folder) } else { hostfs::remove_file(folder) }?;
+        hostfs::remove_tree(folder)?;
         if copy.exists() {
             hostfs::copy_tree(&copy, folder).await?;
         }

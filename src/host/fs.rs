@@ -139,9 +139,10 @@ pub fn remove_file(path: &Path) -> Result<()> {
     gone_is_good(fs::remove_file(path), path)
 }
 
-/// Removes a folder and all below it; gone is good. Symlinks below are removed, not followed.
+/// Removes a folder and all below it, or a file; gone is good. Symlinks are removed, not followed.
 pub fn remove_tree(path: &Path) -> Result<()> {
-    gone_is_good(fs::remove_dir_all(path), path)
+    let is_dir = fs::symlink_metadata(path).is_ok_and(|meta| meta.is_dir());
+    if is_dir { gone_is_good(fs::remove_dir_all(path), path) } else { remove_file(path) }
 }
 
 /// Copies a folder with owners, modes and times, so that `to` is whole or not there.
