@@ -64,8 +64,12 @@ pub async fn restore(snapshot: &[u8]) -> Result<()> {
     let first = systemd::until_serving(UNIT, READY, EVERY, enter).await?;
     Api::nomad(Some(first))?.upload(SNAPSHOT, snapshot).await?;
     let unknown = || Code::Stack.err("Nomad does not know the token of the backup").cure("zd logs nomad");
-    until(READY, EVERY, async || knows_token().await?.then_some(()).ok_or_else(unknown)).await?;
-    renew_root_key(&connect()?).await
+    let known = async || knows_token().await?.then_some(()).ok_or_else(unknown);
+    until(READY, EVERY, known).await?;
+    renew_root_key(&connect()?).await?;
+    // Its client asks for what is newer than what it was told by the server that had just begun, and that may be all.
+    systemd::restart(UNIT).await?;
+    until(READY, EVERY, known).await
 }
 
 /// Nomad signs the identity of each allocation, and places none without its root key, which no snapshot has. Before Nomad
