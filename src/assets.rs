@@ -14,6 +14,7 @@ pub const CONSUL_TEMPLATE_CONF: &str = include_str!("../nomad/consul-template.js
 pub const POOLS_TEMPLATE: &str = include_str!("../nomad/pools.ctmpl.j2");
 pub const JOB: &str = include_str!("../nomad/job.json.j2");
 pub const UNLIMITED_STARTS: &str = include_str!("../systemd-units/unlimited-starts.conf");
+pub const DOCKER_BEFORE_NOMAD: &str = include_str!("../systemd-units/docker-before-nomad.conf");
 pub const CONSUL_UNIT: &str = include_str!("../systemd-units/consul.service.j2");
 pub const NOMAD_UNIT: &str = include_str!("../systemd-units/nomad.service.j2");
 pub const CONSUL_TEMPLATE_UNIT: &str = include_str!("../systemd-units/consul-template.service.j2");

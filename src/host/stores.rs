@@ -126,6 +126,11 @@ pub fn consul(data: &Path) -> Result<Vec<Broken>> {
 /// Beside what cannot be read: a server or a node that begins anew, beside a client that remembers its allocations. Such
 /// a server has never heard of them, and such a client stops all of them.
 pub fn nomad(data: &Path) -> Result<Vec<Broken>> {
+    // Before zd has seen it run there is nothing that it could stop.
+    nomad_of(data, Path::new(paths::NOMAD_IDS).is_dir())
+}
+
+fn nomad_of(data: &Path, was_set_up: bool) -> Result<Vec<Broken>> {
     let mut found = Found { product: Product::Nomad, broken: Vec::new() };
     let (raft, client) = (data.join("server/raft/raft.db"), data.join("client/state.db"));
     found.bolt(&raft)?;
@@ -133,7 +138,7 @@ pub fn nomad(data: &Path) -> Result<Vec<Broken>> {
     for key in std::fs::read_dir(data.join("server/keystore")).into_iter().flatten() {
         found.json(&key.at(data)?.path())?;
     }
-    if !is_empty(&client)? {
+    if was_set_up && !is_empty(&client)? {
         if is_empty(&raft)? {
             found.push(&raft, "is empty or gone".into());
         }
@@ -305,9 +310,9 @@ mod tests {
     #[test]
     fn a_whole_store_is_not_broken() {
         let data = of_nomad();
-        assert_eq!(nomad(data.path()).unwrap(), []);
+        assert_eq!(nomad_of(data.path(), true).unwrap(), []);
         // Before its first start there is nothing.
-        assert_eq!(nomad(Path::new("/nowhere")).unwrap(), []);
+        assert_eq!(nomad_of(Path::new("/nowhere"), true).unwrap(), []);
         assert_eq!(consul(Path::new("/nowhere")).unwrap(), []);
     }
 
@@ -321,7 +326,10 @@ mod tests {
             for store in ["server/raft/raft.db", "client/state.db"] {
                 let data = of_nomad();
                 write(&data.path().join(store), &bytes);
-                assert_eq!(names(nomad(data.path()).unwrap(), data.path()), [format!("{store} {why}")]);
+                assert_eq!(
+                    names(nomad_of(data.path(), true).unwrap(), data.path()),
+                    [format!("{store} {why}")]
+                );
             }
         }
         // One meta is enough.
@@ -329,7 +337,7 @@ mod tests {
         let mut half = bolt();
         half[..4096].fill(0);
         write(&data.path().join("client/state.db"), &half);
-        assert_eq!(nomad(data.path()).unwrap(), []);
+        assert_eq!(nomad_of(data.path(), true).unwrap(), []);
     }
 
     #[test]
@@ -337,11 +345,13 @@ mod tests {
         let data = of_nomad();
         std::fs::remove_file(data.path().join("server/raft/raft.db")).unwrap();
         write(&data.path().join("client/client-id"), b"");
-        let found = names(nomad(data.path()).unwrap(), data.path());
+        let found = names(nomad_of(data.path(), true).unwrap(), data.path());
         assert_eq!(found, ["server/raft/raft.db is empty or gone", "client/client-id holds no node id"]);
+        // One that zd has never seen run has nothing to stop.
+        assert_eq!(nomad_of(data.path(), false).unwrap(), []);
         // Without its own memory it takes what the server says.
         write(&data.path().join("client/state.db"), b"");
-        assert_eq!(nomad(data.path()).unwrap(), []);
+        assert_eq!(nomad_of(data.path(), true).unwrap(), []);
     }
 
     #[test]

@@ -258,9 +258,7 @@ impl Builder<'_> {
             });
             self.file("/etc/docker/daemon.json", format!("{daemon:#}\n"));
             for unit in ["docker.service", "containerd.service"] {
-                let folder = Path::new(paths::UNITS).join(format!("{unit}.d"));
-                self.push(Step::Dir { path: folder.clone(), mode: 0o755, owner: None, keep: Keep::Shared });
-                self.file(folder.join("zd.conf"), assets::UNLIMITED_STARTS);
+                self.drop_in(unit, "zd.conf", assets::UNLIMITED_STARTS);
             }
         }
         self.push(Step::Packages { repository: repository(inputs.installed), wanted });
@@ -324,8 +322,8 @@ impl Builder<'_> {
         Ok(())
     }
 
-    fn has_dir(&self, dir: &str) -> bool {
-        self.steps.iter().any(|s| matches!(s, Step::Dir { path, .. } if path == Path::new(dir)))
+    fn has_dir(&self, dir: impl AsRef<Path>) -> bool {
+        self.steps.iter().any(|s| matches!(s, Step::Dir { path, .. } if path == dir.as_ref()))
     }
 
     /// Folders of a service that the pointer can name, and what lies beside them.
@@ -428,6 +426,15 @@ impl Builder<'_> {
             }
         }
         Ok(())
+    }
+
+    /// A file beside a unit that is not zd's (systemd.unit(5), "drop-in").
+    pub(super) fn drop_in(&mut self, unit: &str, name: &str, text: &str) {
+        let folder = Path::new(paths::UNITS).join(format!("{unit}.d"));
+        if !self.has_dir(&folder) {
+            self.push(Step::Dir { path: folder.clone(), mode: 0o755, owner: None, keep: Keep::Shared });
+        }
+        self.file(folder.join(name), text);
     }
 
     pub(super) fn unit_file(&mut self, name: &str, text: impl Into<String>) {

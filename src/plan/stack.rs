@@ -74,6 +74,7 @@ impl Builder<'_> {
         self.secret(Secret::NomadCertificate, nomad::UNIT);
         self.pulls(&installed.host);
         self.secret(Secret::NomadPrivate, nomad::UNIT);
+        self.drop_in("docker.service", "zd-nomad.conf", assets::DOCKER_BEFORE_NOMAD);
         self.stack_daemon(installed, Product::Nomad, assets::NOMAD_UNIT, |version| {
             Ok(vec![nomad_config(installed, version)?])
         })?;
