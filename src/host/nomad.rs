@@ -69,7 +69,19 @@ pub async fn restore(snapshot: &[u8]) -> Result<()> {
     renew_root_key(&connect()?).await?;
     // Its client asks for what is newer than what it was told by the server that had just begun, and that may be all.
     systemd::restart(UNIT).await?;
-    until(READY, EVERY, known).await
+    until(READY, EVERY, known).await?;
+    until(READY, EVERY, async || has_registered(&connect()?).await).await
+}
+
+/// Its client speaks with its server. The server itself says of a node what it remembers, which may be of before.
+async fn has_registered(api: &Api) -> Result<()> {
+    let agent = api.get("/v1/agent/self").await?;
+    match agent["stats"]["client"]["heartbeat_ttl"].as_str() {
+        Some("0s") => {
+            Err(Code::Stack.err("Nomad's client has not registered with its server").cure("zd logs nomad"))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Nomad signs the identity of each allocation, and places none without its root key, which no snapshot has. Before Nomad
