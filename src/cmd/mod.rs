@@ -139,7 +139,7 @@ pub async fn run(command: Command, ui: &Ui) -> Result<()> {
         Command::Backup(args) => backup::run(args, ui).await,
         Command::Restore(args) => restore::run(args, ui).await,
         Command::Repair(args) => repair::run(args, ui).await,
-        Command::CheckStores(args) => check_stores::run(args),
+        Command::CheckStores(args) => check_stores::run(args).await,
         Command::History(args) => history::run(args, ui),
         Command::Logs(args) => logs::run(args, ui).await,
         Command::Support(args) => support::run(args, ui).await,

@@ -99,8 +99,13 @@ pub async fn until_serving<T>(
 }
 
 async fn keeps_ending(unit: &str) -> bool {
-    let restarts = exec::try_run(&["systemctl", "show", "--property=NRestarts", "--value", unit]).await;
-    restarts.is_ok_and(|out| out.stdout.trim().parse().is_ok_and(|n: u32| n >= RESTARTS))
+    restarts(unit).await.is_ok_and(|restarts| restarts >= RESTARTS)
+}
+
+/// How often systemd has started a unit again by itself since somebody has started it.
+pub async fn restarts(unit: &str) -> Result<u32> {
+    let out = exec::try_run(&["systemctl", "show", "--property=NRestarts", "--value", unit]).await?;
+    Ok(out.stdout.trim().parse().unwrap_or(0))
 }
 
 pub async fn restart(unit: &str) -> Result<()> {
