@@ -22,9 +22,11 @@ fn full_stack_daemons_that_end_cost_no_request() {
     // What Nomad and Docker clear away is nothing that serves.
     under_load(&host, &format!("{} system gc; docker system prune -af", nomad(1)));
     assert_eq!(host.containers(), containers, "nothing was restarted");
-    // Nomad starts another one in its place.
+    // Nomad starts another one in its place. What such a container was answering is asked again of another one only where
+    // that is safe: a POST that it had in hand fails, for it may have done its work.
     for line in ["docker kill", "docker rm -f"] {
-        under_load(&host, &format!("{line} $(docker ps -q -f label=zd.slot=blue | head -1)"));
+        let line = format!("{line} $(docker ps -q -f label=zd.slot=blue | head -1)");
+        under_load_of(&host, "get", &line);
     }
     host.restart();
     host.settles();
@@ -59,8 +61,12 @@ fn daemons_end(host: &Host, daemons: &[&str]) {
 
 /// 300 POST requests a second around what is done, and until all is well again.
 fn under_load(host: &Host, line: &str) {
-    println!("{line}");
-    let load = host.load(300, 0, &["--method", "post"]);
+    under_load_of(host, "post", line);
+}
+
+fn under_load_of(host: &Host, method: &str, line: &str) {
+    println!("{method}: {line}");
+    let load = host.load(300, 0, &["--method", method]);
     std::thread::sleep(Duration::from_millis(500));
     host.sh(line);
     host.settles();
