@@ -18,7 +18,7 @@ use crate::host::config::{HostConfig, Installed};
 use crate::host::docker::Docker;
 use crate::host::registry::Registry;
 use crate::host::secrets::Token;
-use crate::host::{Host, consul, fs as hostfs, jobs, nginx, nomad, packages, paths, stores, systemd, until};
+use crate::host::{Host, consul, fs as hostfs, jobs, nginx, nomad, packages, paths, systemd, until};
 use crate::ids::{Digest, Name, Slot};
 use crate::plan::slot::{named_as, same_content};
 use crate::plan::{DataCopy, Moved, Standing, Step, Text, Undo};
@@ -264,14 +264,14 @@ pub async fn check(step: &Step, host: &Host<'_>) -> Result<Check> {
             let unit = restored.unit.clone();
             needed_unless(same && new.is_empty(), Undo::PutBackFiles { files, new, unit })
         }
-        // There is no way back to what could not be read.
-        Step::Rebuild { product: Product::Nomad, .. } => {
-            let whole = stores::nomad(Path::new(paths::NOMAD_DATA))?.is_empty();
-            needed_unless(whole && knows(nomad::UNIT, nomad::knows_token).await?, Undo::Nothing)
-        }
-        Step::Rebuild { .. } => {
-            let whole = stores::consul(Path::new(paths::CONSUL_DATA))?.is_empty();
-            needed_unless(whole && knows(consul::UNIT, consul::knows_tokens).await?, Undo::Nothing)
+        // It has no undo: what was there could not be read.
+        Step::Rebuild { product, aside, .. } => {
+            let done = aside.is_dir()
+                && match product {
+                    Product::Nomad => knows(nomad::UNIT, nomad::knows_token).await?,
+                    _ => knows(consul::UNIT, consul::knows_tokens).await?,
+                };
+            needed_unless(done, Undo::Nothing)
         }
         Step::Snapshot { product: Product::Consul } => {
             let undo = Undo::PutBackDaemon {

@@ -105,7 +105,7 @@ pub async fn as_node_of(backup: &Backup) -> Result<()> {
     systemd::start(consul::UNIT).await
 }
 
-/// Half of the stores may be aside already, by a run that was killed.
+/// All or half of the stores may have been moved already, by a run that was killed.
 pub async fn rebuild(
     product: Product,
     stores: &[PathBuf],
@@ -113,17 +113,22 @@ pub async fn rebuild(
     installed: &Installed,
 ) -> Result<()> {
     let unit = format!("{product}.service");
-    // One that cannot read its store may wait out its time; nothing of it is worth writing down.
-    systemd::kill(&unit).await?;
-    systemd::stop(&unit).await?;
-    hostfs::make_dir(aside, 0o700, None)?;
-    for store in stores.iter().filter(|store| store.exists()) {
-        hostfs::unmount_beneath(store).await?;
-        let to = aside.join(store.file_name().unwrap_or_default());
-        std::fs::rename(store, &to).at(store)?;
-        store.parent().map_or(Ok(()), hostfs::sync_dir)?;
+    if !aside.is_dir() {
+        // An agent that cannot read its store may take its whole time to stop, and has nothing to save.
+        systemd::kill(&unit).await?;
+        systemd::stop(&unit).await?;
+        let partial = aside.with_extension("partial");
+        hostfs::make_dir(&partial, 0o700, None)?;
+        for store in stores.iter().filter(|store| store.exists()) {
+            hostfs::unmount_beneath(store).await?;
+            let to = partial.join(store.file_name().unwrap_or_default());
+            std::fs::rename(store, &to).at(store)?;
+            store.parent().map_or(Ok(()), hostfs::sync_dir)?;
+        }
+        hostfs::sync_dir(&partial)?;
+        std::fs::rename(&partial, aside).at(aside)?;
+        hostfs::sync_dir(Path::new(paths::ASIDE))?;
     }
-    hostfs::sync_dir(aside)?;
     systemd::start(&unit).await?;
     match product {
         Product::Nomad => nomad::begin_anew().await,

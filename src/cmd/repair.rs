@@ -19,7 +19,7 @@ use crate::host::stores::{self, Broken};
 use crate::host::{Host, fs, jobs, nomad, paths};
 use crate::ids::Name;
 use crate::plan::Step;
-use crate::plan::repair::{self as planner, Goal, Rebuild};
+use crate::plan::repair::{self as planner, Goal, Goals, Rebuild};
 use crate::plan::restore::Serving;
 use crate::receipt::{self, Receipt};
 use crate::service::cluster;
@@ -71,7 +71,7 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
     let standing = upgrade::standing(&installed, &[]).await?;
     let serving = serving(&installed, &rebuild, resumed.is_some()).await?;
     let goals = goals(&serving, resumed.is_some())?;
-    let plan = planner::plan(&installed, &rebuild, &broken, &goals, &serving, standing, Timestamp::now())?;
+    let plan = planner::plan(&installed, &rebuild, &broken, &goals, &serving, standing)?;
     if args.change.dry_run {
         let preview = apply::preview(&plan, &host).await?;
         ui.report(&preview, apply::Preview::text);
@@ -140,7 +140,7 @@ async fn serving(
 }
 
 /// Where each service comes back to: where it is, or what an interrupted run found.
-fn goals(serving: &BTreeMap<Name, Serving>, resumed: bool) -> Result<BTreeMap<Name, Goal>> {
+fn goals(serving: &BTreeMap<Name, Serving>, resumed: bool) -> Result<Goals> {
     let path = planner::goals_file();
     if let Some(bytes) = fs::read_if_any(&path)?.filter(|_| resumed) {
         return serde_json::from_slice(&bytes).or_code(Code::Io, path.display());
@@ -153,7 +153,7 @@ fn goals(serving: &BTreeMap<Name, Serving>, resumed: bool) -> Result<BTreeMap<Na
         })?;
         Ok((name.clone(), Goal { active, state: service.state.clone() }))
     };
-    serving.iter().map(goal).collect()
+    Ok(Goals { begun: Timestamp::now(), services: serving.iter().map(goal).collect::<Result<_>>()? })
 }
 
 /// What an interrupted run has begun goes on: by then its stores may look whole.

@@ -188,7 +188,8 @@ pub enum Step {
         port: u16,
         open: bool,
     },
-    /// Stores of Consul or Nomad put aside and begun anew, with the tokens and the node id that there were.
+    /// Stores of Consul or Nomad put aside and begun anew, with the tokens and the node id that there were. Once the
+    /// folder `aside` is there, all of them are in it.
     Rebuild {
         product: Product,
         stores: Vec<PathBuf>,

@@ -66,20 +66,26 @@ pub struct Goal {
     pub state: State,
 }
 
+/// What a repair leads to, and when it was begun: folders aside are named by that.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Goals {
+    pub begun: Timestamp,
+    pub services: BTreeMap<Name, Goal>,
+}
+
 /// Where the goals stand while a repair goes on.
 pub fn goals_file() -> PathBuf {
     Path::new(paths::ASIDE).join("goals.json")
 }
 
-/// `broken` are put aside beside what [`Rebuild`] says; `now` is the time that folders aside are named by.
+/// `broken` are put aside beside what [`Rebuild`] says.
 pub fn plan(
     installed: &Installed,
     rebuild: &[Rebuild],
     broken: &[Broken],
-    goals: &BTreeMap<Name, Goal>,
+    goals: &Goals,
     serving: &BTreeMap<Name, Serving>,
     standing: Vec<Standing>,
-    now: Timestamp,
 ) -> Result<Plan> {
     let mut plan = Builder::default();
     plan.push(Step::Dir { path: paths::ASIDE.into(), mode: 0o700, owner: None, keep: Keep::Ours });
@@ -93,13 +99,16 @@ pub fn plan(
                 stores.push(broken.path.clone());
             }
         }
-        let aside = Path::new(paths::ASIDE).join(format!("{product}-{}", now.strftime("%Y%m%dT%H%M%SZ")));
+        // One that is broken once more, by a further power cut, needs another place.
+        let again = broken.iter().any(|b| b.product == product);
+        let since = if again { Timestamp::now() } else { goals.begun };
+        let aside = Path::new(paths::ASIDE).join(format!("{product}-{}", since.strftime("%Y%m%dT%H%M%SZ")));
         plan.push(Step::Rebuild { product, stores, aside });
     }
     for service in &installed.lock.services {
         let name = &service.name;
         if rebuild.contains(&Rebuild::Nomad) {
-            let both = serving.get(name).zip(goals.get(name));
+            let both = serving.get(name).zip(goals.services.get(name));
             let (now, goal) = both.ok_or_else(|| Code::Bug.err(format!("nobody looked at {name}")))?;
             let mut way = Way { installed, service, now, steps: Vec::new() };
             way.go(goal.active, &goal.state)?;
