@@ -156,7 +156,8 @@ pub async fn copy_tree(from: &Path, to: &Path) -> Result<()> {
     sync_dir(parent(to))
 }
 
-/// Detaches whatever is mounted beneath a path (umount(8), `--lazy`): those who have it mounted elsewhere keep it.
+/// Detaches everything mounted beneath a path (umount(8), `--lazy`). Mounts of the same file systems in other
+/// namespaces stay.
 pub async fn unmount_beneath(path: &Path) -> Result<()> {
     let mounts = procfs::process::Process::myself().and_then(|own| own.mountinfo());
     let mounts = mounts.or_code(Code::Io, "/proc/self/mountinfo")?;

@@ -23,7 +23,7 @@ const SERVERS_OWN: [&str; 7] =
     ["CreateIndex", "JobModifyIndex", "ModifyIndex", "Stable", "Status", "StatusDescription", "SubmitTime"];
 
 /// Registers a job and returns its record: the job as submitted, with the version number that it got. Any later
-/// registration that changes something, by whomever, gets another number.
+/// registration that changes the job gets another number.
 pub async fn register(api: &Api, id: &str, job: &Value) -> Result<Value> {
     let mut record = job.clone();
     if let Some(fields) = record.as_object_mut() {

@@ -67,13 +67,14 @@ pub async fn restore(snapshot: &[u8]) -> Result<()> {
     let known = async || knows_token().await?.then_some(()).ok_or_else(unknown);
     until(READY, EVERY, known).await?;
     renew_root_key(&connect()?).await?;
-    // Its client asks for what is newer than what it was told by the server that had just begun, and that may be all.
+    // The client polls from the index of the empty server that it registered with, which may lie beyond the snapshot's:
+    // it would never receive its allocations. A restart resets that index.
     systemd::restart(UNIT).await?;
     until(READY, EVERY, known).await?;
     until(READY, EVERY, async || has_registered(&connect()?).await).await
 }
 
-/// Its client speaks with its server. The server itself says of a node what it remembers, which may be of before.
+/// The client has had an answer to a heartbeat. The status of its node in the server may still be that of the snapshot.
 async fn has_registered(api: &Api) -> Result<()> {
     let agent = api.get("/v1/agent/self").await?;
     match agent["stats"]["client"]["heartbeat_ttl"].as_str() {

@@ -97,8 +97,8 @@ pub async fn diagnose(installed: &Installed) -> Result<Vec<Broken>> {
     Ok(found)
 }
 
-/// What a server says that may just have been started: no, only when it does not say otherwise in the time that it takes
-/// to elect itself and to read its log again.
+/// The answer of a server that may just have been started: false counts only after the time that it takes to elect itself
+/// and to replay its log.
 async fn settled(mut ask: impl AsyncFnMut() -> Result<bool>) -> Result<bool> {
     let start = Instant::now();
     loop {
