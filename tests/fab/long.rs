@@ -3,8 +3,9 @@
 
 use std::io::{BufRead, BufReader, Error, ErrorKind, Result, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::sync::Mutex;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, OnceLock};
 use std::time::Duration;
 
 use serde_json::Value;
@@ -78,10 +79,16 @@ fn ws(host: &Host) -> Request {
     Request::send(host, 80, "/ws").unwrap()
 }
 
+/// Packed once, for the tests of it run at the same time.
+fn stick() -> &'static Path {
+    static STICK: OnceLock<PathBuf> = OnceLock::new();
+    STICK.get_or_init(|| pack("long", &format!("{SERVICE}{LONG}")))
+}
+
 #[test]
 #[ignore = "boots a host"]
 fn long_lived_paths() {
-    let host = Host::installed_from("long", &pack("long", &format!("{SERVICE}{LONG}")));
+    let host = Host::installed_from("long", stick());
     host.zd(&["deploy", "v2"]).ok();
     over_switches(&host);
     nothing_is_hidden(&host);
@@ -254,7 +261,7 @@ type Seen = (u64, u64, String);
 #[ignore = "boots a host"]
 fn long_lived_requests_that_come_and_go() {
     const SWITCHES: usize = 30;
-    let host = Host::installed_from("come-and-go", &pack("long", &format!("{SERVICE}{LONG}")));
+    let host = Host::installed_from("come-and-go", stick());
     host.zd(&["deploy", "v2"]).ok();
     let polls = |delay_ms: u32, rate: &str| {
         let url = format!("http://{}/poll?delay_ms={delay_ms}", host.ip);
