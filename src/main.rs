@@ -24,6 +24,9 @@ use std::process::ExitCode;
 use clap::Parser;
 
 fn main() -> ExitCode {
+    // Whatever its caller's, no file of zd's is for others to write.
+    let umask = rustix::process::umask(rustix::fs::Mode::empty());
+    rustix::process::umask(umask | rustix::fs::Mode::from_raw_mode(0o022));
     let cli = cmd::Cli::parse();
     let ui = ui::Ui::new(cli.json, cli.quiet);
     // The one TLS provider; must stand before the first client is built.

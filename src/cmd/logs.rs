@@ -2,13 +2,13 @@
 
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
-use std::process::Command;
 
 use crate::bundle::manifest::Engine;
 use crate::error::{Code, Result};
 use crate::host::config::Installed;
 use crate::host::docker::Docker;
-use crate::host::{paths, systemd};
+use crate::host::paths::NGINX_USER;
+use crate::host::{exec, paths, systemd};
 use crate::ids::{Name, Slot};
 use crate::ui::Ui;
 
@@ -67,14 +67,13 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
         Log::File(path) => {
             let path = path.to_string_lossy();
             // -F: goes on in the new file after a rotation.
-            become_program(&[
-                "tail",
-                "-n",
-                &lines,
-                if args.follow { "-F" } else { "-q" },
-                "--",
-                path.as_ref(),
-            ])
+            let how = if args.follow { "-F" } else { "-q" };
+            let tail = ["tail", "-n", &lines, how, "--", path.as_ref()];
+            // With no more rights than nginx, who may have put anything there.
+            let (uid, gid) = (format!("--reuid={NGINX_USER}"), format!("--regid={NGINX_USER}"));
+            let as_nginx = ["setpriv", &uid, &gid, "--clear-groups", "--"];
+            let is_nginxs = path != paths::AUDIT && rustix::process::geteuid().is_root();
+            become_program(&[if is_nginxs { &as_nginx[..] } else { &[] }, &tail].concat())
         }
         Log::Slot(service, slot) => {
             let docker = Docker::connect().await?;
@@ -110,6 +109,6 @@ fn logs(engine: Option<Engine>, service: Option<&Name>) -> Vec<(&'static str, Lo
 
 /// journalctl and tail do it better than we could: zd steps aside.
 fn become_program(argv: &[&str]) -> Result<()> {
-    let e = Command::new(argv[0]).args(&argv[1..]).exec();
-    Err(Code::Command.err(format!("{}: {e}", argv[0])).cure("install the missing program, or check PATH"))
+    let e = exec::command(argv[0]).args(&argv[1..]).exec();
+    Err(Code::Command.err(format!("{}: {e}", argv[0])).cure("install the missing program"))
 }

@@ -1,11 +1,25 @@
-//! Commands of the host: argument vectors, never shell strings; output captured; locale fixed.
+//! Commands of the host: argument vectors, never shell strings; output captured; environment fixed. Whoever called zd
+//! decides neither which program runs nor what it reads out of its environment.
 
 use std::ffi::OsStr;
-use std::process::Stdio;
-
-use tokio::process::Command;
+use std::process::{Command, Stdio};
 
 use crate::error::{Code, Result};
+
+/// Not /usr/local, which users of Debian's group staff may write to.
+const PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// A program of the host by its name.
+pub fn command(program: impl AsRef<OsStr>) -> Command {
+    let mut command = Command::new(program);
+    command.env_clear().envs([
+        ("PATH", PATH),
+        ("HOME", "/root"),
+        ("LC_ALL", "C.UTF-8"),
+        ("DEBIAN_FRONTEND", "noninteractive"),
+    ]);
+    command
+}
 
 pub struct Output {
     pub ok: bool,
@@ -17,16 +31,16 @@ pub struct Output {
 pub async fn try_run<S: AsRef<OsStr>>(argv: &[S]) -> Result<Output> {
     let shown = show(argv);
     let (program, args) = argv.split_first().ok_or_else(|| Code::Bug.err("an empty command"))?;
-    let output = Command::new(program)
+    let output = tokio::process::Command::from(command(program))
         .args(args)
-        .env("LC_ALL", "C.UTF-8")
-        .env("DEBIAN_FRONTEND", "noninteractive")
         .stdin(Stdio::null())
         .kill_on_drop(true)
         .output()
         .await
         .map_err(|e| {
-            Code::Command.err(format!("{shown}: {e}")).cure("install the missing program, or check PATH")
+            Code::Command
+                .err(format!("{shown}: {e}"))
+                .cure(format!("install the missing program; it is looked for in {PATH}"))
         })?;
     Ok(Output {
         ok: output.status.success(),
@@ -54,4 +68,17 @@ fn show<S: AsRef<OsStr>>(argv: &[S]) -> String {
     let words: Vec<_> = argv.iter().map(|a| a.as_ref().to_string_lossy().into_owned()).collect();
     let text = words.join(" ");
     if text.len() > 160 { format!("{} …", text.chars().take(160).collect::<String>()) } else { text }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn nothing_of_the_callers_environment_gets_through() {
+        let told = run(&["env"]).await.unwrap();
+        let mut names: Vec<&str> = told.lines().filter_map(|l| Some(l.split_once('=')?.0)).collect();
+        names.sort_unstable();
+        assert_eq!(names, ["DEBIAN_FRONTEND", "HOME", "LC_ALL", "PATH"]);
+    }
 }

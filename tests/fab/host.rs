@@ -347,7 +347,9 @@ impl Host {
         said(self.command(&[], argv).output().expect("nsenter"))
     }
 
+    /// Failpoints count here (src/failpoint.rs).
     pub fn run_env(&self, env: &[(&str, &str)], argv: &[&str]) -> Said {
+        self.sh("mkdir -p /run/zd-test");
         said(self.command(env, argv).output().expect("nsenter"))
     }
 

@@ -22,6 +22,8 @@ use crate::ui::Ui;
 
 /// Beside `status`: of which package lists that is the base.
 const BASE_OF: &str = "status.of";
+/// Whoever packs decides nothing by it: which program is apt must not depend on where it is called.
+const PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// Resolves and downloads; returns the apt index over the packages and the packages.
 pub fn resolve(
@@ -132,7 +134,7 @@ impl Apt {
 
     fn command(&self, program: &str) -> Command {
         let mut command = Command::new(program);
-        command.env("APT_CONFIG", &self.config).env("LC_ALL", "C").stdin(Stdio::null());
+        command.env("APT_CONFIG", &self.config).env("PATH", PATH).env("LC_ALL", "C").stdin(Stdio::null());
         command
     }
 
