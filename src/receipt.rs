@@ -89,7 +89,12 @@ impl Receipt {
     /// Begins a new receipt with the next number.
     pub fn begin(plan: &Plan, by: &str, bundle: Option<&Digest>) -> Result<Self> {
         let dir = Path::new(paths::RECEIPTS);
-        fs::create_dir_all(dir).at(dir)?;
+        // What files held before, and jobs with their services' environment.
+        for (dir, mode) in [(Path::new(paths::VAR), 0o711), (dir, 0o700)] {
+            if !hostfs::looks_like(dir, mode, (0, 0)) {
+                hostfs::make_dir(dir, mode, None)?;
+            }
+        }
         let next = list()?.last_key_value().map_or(1, |(n, _)| n + 1);
         let path = dir.join(format!("{next:06}-{}.jsonl", plan.verb));
         let header = Header {

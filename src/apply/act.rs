@@ -27,7 +27,7 @@ use crate::host::{
 };
 use crate::ids::{Digest, Name, Slot};
 use crate::plan::slot::{images, named_as};
-use crate::plan::{Process, Restored, Step, Text};
+use crate::plan::{Keep, Process, Restored, Step, Text};
 use crate::service::pointer::{self, Pointer};
 use crate::service::state::{Filled, State};
 use crate::service::{health, reload, renew, switch};
@@ -42,16 +42,13 @@ const EVERY: Duration = Duration::from_millis(50);
 
 pub async fn act(step: &Step, host: &Host<'_>) -> Result<()> {
     match step {
-        Step::Dir { path, mode, owner, .. } => {
+        Step::Dir { path, mode, owner, keep } => {
             let was_there = path.is_dir();
             hostfs::make_dir(path, *mode, owner.as_deref())?;
+            // Data that an uninstall left belongs to the number its user had then.
             match owner {
-                // Data that an uninstall left belongs to the number its user had then.
-                Some(owner) if was_there => {
-                    let (owner, path) = (format!("{owner}:{owner}"), path.to_string_lossy());
-                    exec::run(&["chown", "-R", "--no-dereference", &owner, "--", path.as_ref()])
-                        .await
-                        .map(drop)
+                Some(owner) if was_there && *keep == Keep::Data => {
+                    hostfs::own_tree(path, hostfs::ids(Some(owner))?)
                 }
                 _ => Ok(()),
             }
@@ -129,7 +126,7 @@ pub async fn act(step: &Step, host: &Host<'_>) -> Result<()> {
         Step::Pools { service } => {
             let path = paths::pools(service);
             rendered(&path).await?;
-            hostfs::write(&paths::nginx_pools(service), &std::fs::read(&path).at(&path)?, 0o644, None)
+            hostfs::write(&paths::nginx_pools(service), &hostfs::read(&path)?, 0o644, None)
         }
         Step::LoadPools { service } => load_pools(&coming(host)?, service).await,
         Step::Gate { service, text } => load_gate(service, text).await,
@@ -471,7 +468,7 @@ async fn load_pools(installed: &Installed, service: &Name) -> Result<()> {
     };
     let written = async || if nginx::servers(&rendered)? == wanted { Ok(()) } else { Err(behind()) };
     until(READY, EVERY, written).await?;
-    let text = std::fs::read(&rendered).at(&rendered)?;
+    let text = hostfs::read(&rendered)?;
     reload::with(&service.name, &paths::nginx_pools(&service.name), &text).await
 }
 

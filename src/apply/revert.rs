@@ -48,9 +48,7 @@ pub async fn revert(undo: &Undo, host: &Host<'_>, way: Way) -> Result<()> {
         }
         Undo::RestoreLink { path, target } => hostfs::set_link(path, target),
         Undo::RestoreMode { path, mode, uid, gid } => {
-            use std::os::unix::fs::{PermissionsExt, chown};
-            let _ = chown(path, Some(*uid), Some(*gid));
-            let _ = std::fs::set_permissions(path, std::fs::Permissions::from_mode(*mode));
+            let _ = hostfs::own_dir(path, *mode, (*uid, *gid));
             Ok(())
         }
         Undo::RemoveUser { name } => {
@@ -206,8 +204,10 @@ async fn revert_file(undo: &Undo) -> Result<bool> {
 /// Without a copy the file was not touched yet.
 fn put_back_file(path: &Path) -> Result<()> {
     let copy = aside(path);
-    let Some(bytes) = hostfs::read_if_any(&copy)? else { return Ok(()) };
-    let meta = std::fs::metadata(&copy).at(&copy)?;
+    if !copy.exists() {
+        return Ok(());
+    }
+    let (bytes, meta) = (hostfs::read(&copy)?, std::fs::metadata(&copy).at(&copy)?);
     hostfs::write_owned(path, &bytes, meta.mode() & 0o7777, (meta.uid(), meta.gid()))
 }
 
@@ -305,6 +305,7 @@ pub async fn sweep(purge: bool) -> Result<()> {
         // systemd.timer(5), Persistent.
         hostfs::remove_file(Path::new("/var/lib/systemd/timers/stamp-zd-backup.timer"))?;
     }
+    hostfs::remove_tree(Path::new(paths::GATES))?;
     for tree in [paths::VAR, paths::LOG, paths::RUN].iter().filter(|_| purge) {
         hostfs::remove_tree(Path::new(tree))?;
     }

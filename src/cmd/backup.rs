@@ -196,7 +196,7 @@ pub async fn take(installed: &Installed, settings: &Settings, reason: &str, ui: 
     let removed = prune(&settings.to, &index.host.node(), settings.keep, &file)?;
     let last = Last { schema: 1, at: index.at, file: file.clone() };
     let last = serde_json::to_vec(&last).or_code(Code::Bug, "a note of the last backup")?;
-    fs::write(Path::new(paths::LAST_BACKUP), &last, 0o644, None)?;
+    fs::write(Path::new(paths::LAST_BACKUP), &last, 0o600, None)?;
     event("done", reason, format!("{} {digest}", file.display()))?;
     Ok(Report {
         file,
@@ -273,7 +273,7 @@ async fn write_members(
             Some((_, bytes)) => writer.member(&entry.path, &entry.digest, entry.size, bytes.as_slice())?,
             None => {
                 let path = entry.place();
-                let file = std::fs::File::open(&path).at(&path)?;
+                let file = fs::open(&path)?;
                 writer.member(&entry.path, &entry.digest, entry.size, file)?;
             }
         }
@@ -294,7 +294,7 @@ fn services(installed: &Installed) -> Result<Vec<Service>> {
 
 /// Files of zd's own that are there, sorted. Links are left out: what they say is in the index.
 fn paths_to_save() -> Result<Vec<PathBuf>> {
-    let mut files: Vec<PathBuf> = FILES.map(PathBuf::from).into_iter().filter(|p| p.is_file()).collect();
+    let mut files: Vec<PathBuf> = FILES.map(PathBuf::from).into_iter().filter(|p| p.exists()).collect();
     let mut folders: Vec<PathBuf> = FOLDERS.map(PathBuf::from).into_iter().filter(|p| p.is_dir()).collect();
     while let Some(folder) = folders.pop() {
         for found in std::fs::read_dir(&folder).at(&folder)? {
@@ -313,8 +313,8 @@ fn paths_to_save() -> Result<Vec<PathBuf>> {
 }
 
 fn look(path: &Path) -> Result<Entry> {
-    let bytes = std::fs::read(path).at(path)?;
-    let meta = std::fs::metadata(path).at(path)?;
+    let bytes = fs::read(path)?;
+    let meta = std::fs::symlink_metadata(path).at(path)?;
     let owner = fs::user(meta.uid())?;
     let name = path.to_string_lossy().trim_start_matches('/').to_owned();
     Ok(entry(name, &bytes, meta.permissions().mode() & 0o777, owner))

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::publish::wait_for_lock;
 use crate::audit::{self, Event};
-use crate::error::{At, Result};
+use crate::error::Result;
 use crate::host::config::Installed;
 use crate::host::{fs, paths};
 use crate::ids::{Digest, Name};
@@ -23,7 +23,7 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
     let installed = Installed::require()?;
     let name = &installed.service(Some(&args.service))?.name;
     let (rendered, included) = (paths::pools(name), paths::nginx_pools(name));
-    let new = std::fs::read(&rendered).at(&rendered)?;
+    let new = fs::read(&rendered)?;
     if fs::read_if_any(&included)?.as_ref() == Some(&new) {
         return Ok(());
     }

@@ -1,7 +1,7 @@
 //! `zd support`: one small archive with what somebody elsewhere needs to understand this host, and no
 //! secret in it. Works at any time, also where nothing was ever installed.
 
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -14,7 +14,7 @@ use crate::error::{At, Code, OrCode, Result};
 use crate::facts::Facts;
 use crate::host::config::Installed;
 use crate::host::secrets::private_config;
-use crate::host::{exec, paths, systemd};
+use crate::host::{exec, fs, paths, systemd};
 use crate::ui::Ui;
 
 /// Of each file and each command's output, the last this many bytes. Some 60 of them: the archive stays
@@ -109,7 +109,7 @@ fn files() -> Vec<PathBuf> {
     let mut folders: Vec<PathBuf> = [paths::ETC, paths::RECEIPTS, paths::SERVICES, paths::LOG, paths::POOLS]
         .map(PathBuf::from)
         .into_iter()
-        .chain([Path::new(paths::CURRENT).join(".")])
+        .chain(Path::new(paths::CURRENT).canonicalize().ok())
         .collect();
     while let Some(folder) = folders.pop() {
         for entry in std::fs::read_dir(&folder).into_iter().flatten().flatten() {
@@ -164,9 +164,9 @@ fn commands() -> Vec<(String, Vec<String>)> {
     all
 }
 
-/// The end of a file, as text.
+/// The end of a file, as text. Logs are in folders of the daemons that write them.
 fn tail(path: &Path) -> Result<String> {
-    let mut file = File::open(path).at(path)?;
+    let mut file = fs::open(path)?;
     let size = file.metadata().at(path)?.len();
     file.seek(SeekFrom::Start(size.saturating_sub(MOST))).at(path)?;
     let mut bytes = Vec::new();
@@ -185,7 +185,8 @@ fn secrets() -> Vec<String> {
             {
                 continue;
             }
-            let text = std::fs::read_to_string(entry.path()).unwrap_or_default();
+            let text = fs::read(&entry.path()).unwrap_or_default();
+            let text = String::from_utf8_lossy(&text);
             strings(&serde_json::from_str(&text).unwrap_or_default(), &mut found);
             found.extend(text.lines().map(|l| l.trim().to_owned()));
         }

@@ -104,7 +104,7 @@ pub struct Installed {
 impl Installed {
     /// None where nothing is installed (or an install has not come to its end).
     pub fn read() -> Result<Option<Self>> {
-        if !Path::new(paths::CURRENT).exists() {
+        if !Path::new(paths::CURRENT).try_exists().at(paths::CURRENT)? {
             return Ok(None);
         }
         let host = HostConfig::read()?

@@ -132,6 +132,9 @@ fn lock_file(number: u32) -> PathBuf {
 }
 
 fn numbers() -> Result<BTreeSet<u32>> {
-    let Ok(entries) = std::fs::read_dir(paths::GENERATIONS) else { return Ok(BTreeSet::new()) };
+    let entries = match std::fs::read_dir(paths::GENERATIONS) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(BTreeSet::new()),
+        entries => entries.at(paths::GENERATIONS)?,
+    };
     Ok(entries.flatten().filter_map(|e| e.file_name().to_str()?.parse().ok()).collect())
 }

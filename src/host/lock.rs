@@ -2,6 +2,7 @@
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -9,7 +10,7 @@ use bytesize::ByteSize;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::paths;
+use super::{fs as hostfs, paths};
 use crate::audit;
 use crate::error::{At, Code, FREE_SOME, Result};
 use crate::facts;
@@ -46,7 +47,9 @@ impl HostLock {
                 .err(format!("zd {verb} changes this host and needs root"))
                 .cure(format!("sudo zd {verb} …")));
         }
-        fs::create_dir_all(paths::RUN).at(paths::RUN)?;
+        if !Path::new(paths::RUN).is_dir() {
+            hostfs::make_dir(Path::new(paths::RUN), 0o755, None)?;
+        }
         let lock = Self::take_at(Path::new(paths::LOCK), verb, PATIENCE, ui)?;
         if !ON_A_FULL_DISK.contains(&verb) {
             room_for_records(verb)?;
@@ -56,7 +59,10 @@ impl HostLock {
 
     fn take_at(path: &Path, verb: &str, patience: Duration, ui: &Ui) -> Result<Self> {
         let mut options = OpenOptions::new();
-        let mut file = options.read(true).write(true).create(true).truncate(false).open(path).at(path)?;
+        options.read(true).write(true).create(true).truncate(false);
+        // Whoever may open it may lock it (flock(2)).
+        let mut file = options.mode(0o600).open(path).at(path)?;
+        file.set_permissions(fs::Permissions::from_mode(0o600)).at(path)?;
         let start = Instant::now();
         let mut told = false;
         loop {
@@ -142,6 +148,7 @@ mod tests {
         let take =
             |verb: &str, patience| HostLock::take_at(&path, verb, Duration::from_millis(patience), &ui);
         let of_person = take("switch", 0).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
         let start = Instant::now();
         let e = take("deploy", 60_000).err().unwrap();
         assert_eq!(e.code, Code::Locked);

@@ -4,14 +4,14 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use procfs::process::FDTarget;
+use procfs::process::{FDTarget, Process};
 use rustix::io::Errno;
-use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags};
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, Signal};
 use serde_json::{Value, json};
 
 use super::config::Installed;
 use super::paths::NGINX_USER;
-use super::{exec, fs, http, paths};
+use super::{exec, fs, http, paths, systemd};
 use crate::assets;
 use crate::bundle::manifest::{Door, Engine, LongLived, Service, Tcp};
 use crate::error::{At, Code, Error, OrCode, Result};
@@ -87,6 +87,7 @@ pub fn render(installed: &Installed, service: &Service) -> Result<String> {
         json!({
             "service": name,
             "run_dir": paths::run(name),
+            "gate": paths::gate(name),
             "pointer_dir": paths::service(name),
             "log_dir": paths::log(name),
             "listen": service.listen,
@@ -118,7 +119,8 @@ pub fn servers_of(installed: &Installed, service: &Service) -> Vec<String> {
 
 /// Addresses of all servers that a file of pools names, sorted.
 pub fn servers(path: &Path) -> Result<Vec<String>> {
-    let text = std::fs::read_to_string(path).at(path)?;
+    let text = fs::read(path)?;
+    let text = String::from_utf8_lossy(&text);
     let servers = text.lines().filter_map(|line| line.trim().strip_prefix("server ")?.split(' ').next());
     let mut all: Vec<_> = servers.map(str::to_owned).collect();
     all.sort();
@@ -150,32 +152,97 @@ pub async fn check(service: &Name) -> Result<()> {
 
 /// Sends HUP: new workers with the configuration on disk, and the old ones finish what they have.
 pub async fn hang_up(service: &Name) -> Result<()> {
-    let unit = paths::nginx_unit(service);
-    exec::run(&["systemctl", "kill", "--kill-who=main", "-s", "HUP", &unit]).await.map(drop)
-}
-
-/// The master process, by its pid file.
-pub fn master(service: &Name) -> Option<u32> {
-    read_pid(service, "nginx.pid")
-}
-
-/// The master that another binary is taking over from, for as long as both are there (nginx(8)).
-pub fn master_before(service: &Name) -> Option<u32> {
-    read_pid(service, "nginx.pid.oldbin")
-}
-
-/// Both masters take requests: the other binary has started, and the one before has not been retired.
-pub fn is_being_replaced(service: &Name) -> Result<bool> {
-    match master_before(service) {
-        // One that only waits for sessions to end takes no work any more.
-        Some(before) => Ok(!workers_of(before)?.is_empty()),
-        None => Ok(false),
+    let (unit, masters) = (paths::nginx_unit(service), Masters::of(service).await?);
+    match masters.before()? {
+        // By systemd: `zd reload` runs in a sandbox that lets it signal nobody.
+        None => {
+            let argv = ["systemctl", "kill", "--kill-who=main", "-s", "HUP", &unit];
+            exec::run(&argv).await.map(drop)
+        }
+        // To systemd that one is the main process.
+        Some(_) => signal(service, masters.current()?, Signal::HUP).await,
     }
 }
 
-fn read_pid(service: &Name, file: &str) -> Option<u32> {
-    let pid = std::fs::read_to_string(paths::run(service).join(file)).ok()?.trim().parse().ok()?;
-    Path::new(&format!("/proc/{pid}/exe")).exists().then_some(pid)
+/// The master processes of a service, from the one that systemd knows. nginx's own files of process ids are in a folder
+/// of its account, and whoever has that account could name anybody there.
+pub struct Masters {
+    main: u32,
+}
+
+impl Masters {
+    pub async fn of(service: &Name) -> Result<Self> {
+        let unit = paths::nginx_unit(service);
+        let main = systemd::main_pid(&unit).await?;
+        main.map(|main| Self { main }).ok_or_else(|| Code::Nginx.err(format!("{unit} does not run")))
+    }
+
+    /// The one whose workers take requests: where there are two, the newer.
+    pub fn current(&self) -> Result<u32> {
+        self.both().map(|(_, current)| current)
+    }
+
+    /// The one that another binary is taking over from, for as long as both are there (nginx(8)).
+    pub fn before(&self) -> Result<Option<u32>> {
+        self.both().map(|(before, _)| before)
+    }
+
+    /// A new binary's master is a child of the one before, and systemd's main process is the older until that ends.
+    fn both(&self) -> Result<(Option<u32>, u32)> {
+        let is_master = |pid: &u32| title(*pid).starts_with("nginx: master");
+        if let Some(newer) = children(self.main)?.into_iter().find(is_master) {
+            return Ok((Some(self.main), newer));
+        }
+        let parent = process(self.main)?.stat().map(|stat| stat.ppid as u32);
+        let parent = parent.or_code(Code::Nginx, format!("nginx {}", self.main))?;
+        Ok((Some(parent).filter(is_master), self.main))
+    }
+
+    /// Both take requests: the other binary has started, and the one before has not been retired.
+    pub fn is_being_replaced(&self) -> Result<bool> {
+        match self.before()? {
+            // One that only waits for sessions to end takes no work any more.
+            Some(before) => Ok(!workers_of(before)?.is_empty()),
+            None => Ok(false),
+        }
+    }
+
+    /// Workers that take new connections.
+    pub fn workers(&self) -> Result<Vec<u32>> {
+        workers_of(self.current()?)
+    }
+
+    /// Of these sockets those that the current master's workers have, also workers that only finish what they have: the
+    /// requests of all these are in its `stub_status`. Those of a master before it are not.
+    pub fn held_by_workers(&self, inodes: &BTreeSet<u64>) -> Result<BTreeSet<u64>> {
+        let mut held = BTreeSet::new();
+        for pid in children(self.current()?)? {
+            // One that has just ended has none. Some 4 µs each, so no further than needed.
+            for fd in std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten() {
+                if held.len() == inodes.len() {
+                    return Ok(held);
+                }
+                let link = std::fs::read_link(fd.path()).unwrap_or_default();
+                let inode =
+                    link.to_str().and_then(|l| l.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok());
+                held.extend(inode.filter(|inode| inodes.contains(inode)));
+            }
+        }
+        Ok(held)
+    }
+}
+
+/// Signals a process of a service's unit, and never another that has its number.
+pub async fn signal(service: &Name, pid: u32, signal: Signal) -> Result<()> {
+    let unit = paths::nginx_unit(service);
+    let what = || format!("a signal to process {pid} of {unit}");
+    let number = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or_else(|| Code::Bug.err(what()))?;
+    let handle = rustix::process::pidfd_open(number, PidfdFlags::empty()).or_code(Code::Nginx, what())?;
+    // After the handle: where the number was given to another since then, the handle leads to nobody.
+    if !systemd::is_in(pid, &systemd::cgroup(&unit).await?) {
+        return Err(Code::Nginx.err(format!("process {pid} is none of {unit}, and gets no signal from zd")));
+    }
+    rustix::process::pidfd_send_signal(&handle, signal).or_code(Code::Nginx, what())
 }
 
 /// Removes sockets of nginx's that nobody listens on: a killed nginx, or a reload that failed half way, left
@@ -233,50 +300,26 @@ fn shut(pid: i32, fd: i32, inode: u64) -> std::io::Result<()> {
     }
 }
 
-/// Workers that take new connections.
-pub fn workers(service: &Name) -> Result<Vec<u32>> {
-    let unit = paths::nginx_unit(service);
-    workers_of(master(service).ok_or_else(|| Code::Nginx.err(format!("{unit} does not run")))?)
-}
-
-/// Of these sockets those that the running master's workers have, also workers that only finish what they have: the
-/// requests of all these are in its `stub_status`. Those of a master before it are not.
-pub fn held_by_workers(service: &Name, inodes: &BTreeSet<u64>) -> Result<BTreeSet<u64>> {
-    let unit = paths::nginx_unit(service);
-    let master = master(service).ok_or_else(|| Code::Nginx.err(format!("{unit} does not run")))?;
-    let mut held = BTreeSet::new();
-    for pid in children(master)? {
-        // One that has just ended has none. Some 4 µs each, so no further than needed.
-        for fd in std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten() {
-            if held.len() == inodes.len() {
-                return Ok(held);
-            }
-            let link = std::fs::read_link(fd.path()).unwrap_or_default();
-            let inode =
-                link.to_str().and_then(|l| l.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok());
-            held.extend(inode.filter(|inode| inodes.contains(inode)));
-        }
-    }
-    Ok(held)
-}
-
-/// Those of one master.
+/// Workers of one master that take new connections.
 pub fn workers_of(master: u32) -> Result<Vec<u32>> {
-    let children = children(master)?;
-    let title = |pid: &u32| {
-        let title = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        String::from_utf8_lossy(&title).into_owned()
-    };
     // The title of one that only finishes what it has ends so; another master is a child as well.
     let works = |title: String| title.starts_with("nginx: worker") && !title.contains("shutting down");
-    Ok(children.into_iter().filter(|pid| works(title(pid))).collect())
+    Ok(children(master)?.into_iter().filter(|pid| works(title(*pid))).collect())
+}
+
+fn title(pid: u32) -> String {
+    let title = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    String::from_utf8_lossy(&title).into_owned()
+}
+
+fn process(pid: u32) -> Result<Process> {
+    let pid = i32::try_from(pid).or_code(Code::Bug, "a process id")?;
+    Process::new(pid).or_code(Code::Nginx, format!("nginx {pid}"))
 }
 
 fn children(master: u32) -> Result<Vec<u32>> {
-    let pid = i32::try_from(master).or_code(Code::Bug, "a process id")?;
-    procfs::process::Process::new(pid)
-        .and_then(|master| master.task_main_thread()?.children())
-        .or_code(Code::Nginx, format!("the workers of nginx {master}"))
+    let children = process(master)?.task_main_thread().and_then(|main| main.children());
+    children.or_code(Code::Nginx, format!("the workers of nginx {master}"))
 }
 
 /// stub_status of a running nginx, over one connection.
@@ -295,7 +338,9 @@ pub struct Connections {
 
 impl Status {
     pub async fn open(service: &Name) -> Result<Self> {
-        let socket = paths::run(service).join("status.sock");
+        // By a handle: nginx's account could put another's socket under this name.
+        let path = paths::run(service).join("status.sock");
+        let (_handle, socket) = fs::socket(&path).map_err(|e| no_status(service, &e.what))?;
         let connection = http::Connection::unix(&socket).await.map_err(|why| no_status(service, &why))?;
         Ok(Self { connection, service: service.clone() })
     }

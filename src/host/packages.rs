@@ -52,6 +52,9 @@ pub async fn version_of(name: &str) -> Result<Option<String>> {
 }
 
 fn apt(repository: &Path, more: &[&str]) -> Result<Vec<String>> {
+    if !Path::new(SCRATCH).is_dir() {
+        fs::make_dir(Path::new(SCRATCH), 0o700, None)?;
+    }
     let lists = Path::new(SCRATCH).join("lists/partial");
     std::fs::create_dir_all(&lists).at(&lists)?;
     let source = Path::new(SCRATCH).join("zd.list");

@@ -64,6 +64,8 @@ pub const AUDIT: &str = "/var/log/zd/audit.jsonl";
 pub const AUDIT_HEAD: &str = "/var/lib/zd/audit.head";
 pub const RUN: &str = "/run/zd";
 pub const LOCK: &str = "/run/zd/lock";
+/// Sockets of `zd switch`. A folder of root's that nginx's account may enter: /run/zd/NAME is that account's own.
+pub const GATES: &str = "/run/zd-gate";
 
 pub const DOCKER_DATA: &str = "/var/lib/docker";
 /// Limits of the journal that zd's units have for themselves.
@@ -98,6 +100,10 @@ pub fn service(name: &Name) -> PathBuf {
 
 pub fn run(name: &Name) -> PathBuf {
     format!("{RUN}/{name}").into()
+}
+
+pub fn gate(name: &Name) -> PathBuf {
+    format!("{GATES}/{name}.sock").into()
 }
 
 pub fn log(name: &Name) -> PathBuf {

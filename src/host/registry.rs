@@ -5,6 +5,8 @@
 //! while zd pushes.
 
 use std::io::Read;
+use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -15,7 +17,7 @@ use reqwest::{Body, Certificate, Client, ClientBuilder, Method, RequestBuilder, 
 use serde::Deserialize;
 
 use super::config::HostConfig;
-use super::{Host, exec, paths, secrets, systemd, until};
+use super::{Host, exec, fs, paths, secrets, systemd, until};
 use crate::backup::index::Blob;
 use crate::bundle::lock::Image;
 use crate::bundle::manifest::ImageRef;
@@ -44,6 +46,9 @@ pub struct Registry {
     base: String,
     /// None where the socket's folder is what keeps others away.
     password: Option<String>,
+    /// What the client's name of the socket leads to.
+    #[expect(dead_code, reason = "held open")]
+    socket: Option<OwnedFd>,
 }
 
 /// `tags/list` of the distribution API.
@@ -88,8 +93,11 @@ impl Registry {
     /// The one that is pushed to; started where it does not run. [`close`] stops it.
     pub async fn open() -> Result<Self> {
         let open = async || {
-            let client = builder().unix_socket(paths::REGISTRY_SOCKET).tls_certs_only([]);
-            Self::over(client, "http://push".into(), None).await
+            // By a handle: its folder is the registry's own.
+            let (handle, socket) = fs::socket(Path::new(paths::REGISTRY_SOCKET))?;
+            let client = builder().unix_socket(socket).tls_certs_only([]);
+            let open = Self::over(client, "http://push".into(), None).await?;
+            Ok(Self { socket: Some(handle), ..open })
         };
         // systemctl(1) takes longer to see that it runs than most images take to be pushed.
         if let Ok(open) = open().await {
@@ -101,7 +109,7 @@ impl Registry {
 
     async fn over(client: ClientBuilder, base: String, password: Option<String>) -> Result<Self> {
         let client = client.build().or_code(Code::Registry, "making a client for the private registry")?;
-        let registry = Self { client, base, password };
+        let registry = Self { client, base, password, socket: None };
         registry.expect(registry.request(Method::GET, "/v2/")).await?;
         Ok(registry)
     }

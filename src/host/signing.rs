@@ -53,7 +53,7 @@ pub fn rotate() -> Result<(Option<String>, String)> {
         let signed = before.sign(key.file_text().as_bytes(), OF_HOST, &what);
         fs::write(Path::new(&format!("{}.minisig", beside(&key))), signed.as_bytes(), 0o644, None)?;
     }
-    fs::make_dir(Path::new(paths::SIGNING), 0o755, None)?;
+    fs::make_dir(Path::new(paths::SIGNING), 0o711, None)?;
     write(&secret, &key)?;
     Ok((before.map(|signer| signer.key.id()), key.id()))
 }

@@ -1,7 +1,6 @@
 //! The files in which Consul and Nomad keep their state, and whether they can be read. A power cut may leave such a file
 //! empty, cut short or full of other bytes; its agent then does not start, or begins as if it had never run.
 
-use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -183,18 +182,18 @@ impl Found {
 
     /// A file that is JSON where it is there.
     fn json(&mut self, path: &Path) -> Result<()> {
-        match fs::read_if_any(path)? {
-            Some(bytes) if serde_json::from_slice::<Value>(&bytes).is_err() => {
+        if path.exists() {
+            let bytes = fs::read(path)?;
+            if serde_json::from_slice::<Value>(&bytes).is_err() {
                 self.push(path, format!("is no JSON ({} bytes)", bytes.len()));
             }
-            _ => {}
         }
         Ok(())
     }
 
     /// A file that holds the UUID of a node.
     fn id(&mut self, path: &Path) -> Result<()> {
-        if !is_id(&fs::read_if_any(path)?.unwrap_or_default()) {
+        if !path.exists() || !is_id(&fs::read(path)?) {
             self.push(path, "holds no node id".into());
         }
         Ok(())
@@ -220,7 +219,7 @@ fn is_empty(path: &Path) -> Result<bool> {
 /// What is wrong with a bbolt file, as far as its two metas and its size tell: one meta at least must be whole, and the
 /// pages that it counts must be there. bbolt itself checks no more when it opens a file.
 fn bolt_damage(path: &Path) -> Result<Option<&'static str>> {
-    let file = File::open(path).at(path)?;
+    let file = fs::open(path)?;
     let size = file.metadata().at(path)?.len();
     let mut start = Vec::new();
     // Two pages of the largest size that a page has.

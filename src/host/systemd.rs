@@ -48,6 +48,31 @@ pub async fn main_pid(unit: &str) -> Result<Option<u32>> {
     Ok(out.stdout.trim().parse().ok().filter(|pid| *pid != 0))
 }
 
+/// Path of its cgroup, for as long as it has one (systemd.resource-control(5)).
+pub async fn cgroup(unit: &str) -> Result<String> {
+    let out = exec::try_run(&["systemctl", "show", "--property=ControlGroup", "--value", unit]).await?;
+    match out.stdout.trim() {
+        "" => Err(Code::Command.err(format!("{unit} does not run"))),
+        path => Ok(path.to_owned()),
+    }
+}
+
+/// A process is in this cgroup of systemd's, or beneath it.
+pub fn is_in(pid: u32, cgroup: &str) -> bool {
+    let found = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+    is_listed(&found, cgroup)
+}
+
+/// cgroups(7): `hierarchy:controllers:path`; systemd's is the unified one or that named after it.
+fn is_listed(cgroups: &str, wanted: &str) -> bool {
+    let paths = cgroups.lines().filter_map(|line| {
+        let (hierarchy, rest) = line.split_once(':')?;
+        let (controllers, path) = rest.split_once(':')?;
+        (hierarchy == "0" || controllers == "name=systemd").then_some(Path::new(path))
+    });
+    wanted.len() > 1 && paths.into_iter().any(|path| path.starts_with(wanted))
+}
+
 pub async fn is_enabled(unit: &str) -> Result<bool> {
     Ok(says("is-enabled", unit).await? == "enabled")
 }
@@ -118,18 +143,35 @@ pub async fn reload(unit: &str) -> Result<()> {
     exec::run(&["systemctl", "reload-or-restart", unit]).await.map(drop)
 }
 
+/// Stops, and waits until systemd calls it stopped. What comes next may take its data away, so a unit that may still run
+/// is an error; one that is not there is stopped.
 pub async fn stop(unit: &str) -> Result<()> {
-    // A unit that is not there is stopped.
-    exec::try_run(&["systemctl", "stop", unit]).await.map(drop)
+    let out = exec::try_run(&["systemctl", "stop", unit]).await?;
+    if out.ok
+        || exec::try_run(&["systemctl", "show", "--property=LoadState", "--value", unit]).await?.stdout.trim()
+            == "not-found"
+    {
+        return Ok(());
+    }
+    Err(not_done(unit, "does not stop", &out))
 }
 
-/// Ends all processes of a unit at once, as a crash would.
+/// Ends all processes of a unit at once, as a crash would. Where there are none it is done; that it has stopped is what
+/// [`stop`] says.
 pub async fn kill(unit: &str) -> Result<()> {
     exec::try_run(&["systemctl", "kill", "--signal=KILL", unit]).await.map(drop)
 }
 
+/// One that is not there is disabled.
 pub async fn disable(unit: &str) -> Result<()> {
-    exec::try_run(&["systemctl", "disable", "--quiet", unit]).await.map(drop)
+    let out = exec::try_run(&["systemctl", "disable", "--quiet", unit]).await?;
+    if out.ok || !is_enabled(unit).await? { Ok(()) } else { Err(not_done(unit, "stays enabled", &out)) }
+}
+
+fn not_done(unit: &str, how: &str, out: &exec::Output) -> Error {
+    Code::Command
+        .err(format!("{unit} {how}: {}", exec::last_lines(&out.stderr, 4)))
+        .cure(format!("systemctl status {unit} shows why; then run the same command again"))
 }
 
 pub async fn mask(unit: &str) -> Result<()> {
@@ -150,4 +192,21 @@ pub async fn end_journal(purge: bool) -> Result<()> {
         fs::remove_tree(&Path::new(journals).join(name))?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cgroup_of_that_name_elsewhere_is_another() {
+        const UNIT: &str = "/system.slice/system-zd\\x2dnginx.slice/zd-nginx@hello.service";
+        let (v1, v2) = (format!("5:cpu,cpuacct:/\n1:name=systemd:{UNIT}\n"), format!("0::{UNIT}/sub\n"));
+        assert!(is_listed(&v1, UNIT) && is_listed(&v2, UNIT));
+        let own = "0::/user.slice/user-1000.slice/user@1000.service/app.slice/zd-nginx@hello.service\n";
+        assert!(!is_listed(own, UNIT));
+        assert!(!is_listed(&format!("5:cpu,cpuacct:{UNIT}\n"), UNIT), "not systemd's hierarchy");
+        assert!(!is_listed(&format!("0::{UNIT}2\n"), UNIT));
+        assert!(!is_listed("0::/init.scope\n", "/") && !is_listed("", UNIT));
+    }
 }

@@ -16,6 +16,7 @@ use crate::bundle::signature::Key;
 use crate::error::{Code, OrCode, Result};
 use crate::host::config::{HostConfig, Installed};
 use crate::host::firewall::{self, Firewall};
+use crate::host::fs::ROOT_AND;
 use crate::host::nginx;
 use crate::host::paths::{self, NGINX_USER, REGISTRY_USER};
 use crate::host::secrets::Secret;
@@ -55,7 +56,7 @@ pub fn plan(inputs: &Inputs) -> Result<Plan> {
     let mut plan = Builder { restored, secrets: restored, signing: restored, ..Builder::default() };
     plan.base(inputs);
     plan.records(None);
-    plan.file(paths::HOST_TOML, installed.host.to_toml()?);
+    plan.private_file(paths::HOST_TOML, installed.host.to_toml()?);
     plan.carried(installed);
     plan.packages(inputs);
     plan.registry(&installed.host)?;
@@ -116,27 +117,37 @@ impl Builder<'_> {
         self.push(Step::File(text_file(path, text)));
     }
 
+    pub(super) fn private_file(&mut self, path: impl Into<PathBuf>, text: impl Into<String>) {
+        self.push(Step::File(Text { mode: 0o600, ..text_file(path, text) }));
+    }
+
+    /// A folder that a daemon reads: nobody else does, and what root writes there is under names that only root changes.
+    pub(super) fn dir_for(&mut self, path: impl Into<PathBuf>, user: &str) {
+        self.owned_dir(path, 0o750, &format!("{ROOT_AND}{user}"), Keep::Ours);
+    }
+
     pub(super) fn base(&mut self, inputs: &Inputs) {
         let installed = inputs.installed;
         let generation = paths::generation(installed.host.generation);
-        for path in [paths::OPT, "/opt/zd/bin", paths::PROGRAMS, paths::GENERATIONS] {
+        for path in [paths::OPT, "/opt/zd/bin", paths::PROGRAMS] {
             self.dir(path, 0o755);
         }
+        // A lock has the environment of services.
+        self.dir(paths::GENERATIONS, 0o700);
         self.dir(&generation, 0o755);
-        for path in [paths::ETC, paths::TRUST, "/etc/zd/nginx"] {
-            self.dir(path, 0o755);
-        }
+        self.dir(paths::ETC, 0o711);
+        // `zd verify` is for everybody.
+        self.dir(paths::TRUST, 0o755);
         self.dir("/etc/zd/tls", 0o700);
-        self.dir(paths::SIGNING, 0o755);
+        self.dir(paths::SIGNING, 0o711);
         self.push(secret_from(self.signing, Secret::SigningKey, None));
-        for path in [paths::VAR, paths::LOG] {
-            self.push(Step::Dir { path: path.into(), mode: 0o755, owner: None, keep: Keep::Data });
+        for (path, mode) in [(paths::VAR, 0o711), (paths::LOG, 0o755), (paths::SERVICES, 0o711)] {
+            self.push(Step::Dir { path: path.into(), mode, owner: None, keep: Keep::Data });
         }
-        self.push(Step::Dir { path: paths::SERVICES.into(), mode: 0o755, owner: None, keep: Keep::Data });
         self.push(Step::Tool);
         self.push(Step::Link { path: paths::TOOL_LINK.into(), target: paths::TOOL.into() });
         self.file(Path::new(paths::TRUST).join("first.pub"), inputs.key.file_text());
-        self.file(generation.join(paths::LOCK_FILE), inputs.lock_bytes.clone());
+        self.private_file(generation.join(paths::LOCK_FILE), inputs.lock_bytes.clone());
         // Before the first unit that writes to it.
         self.file(paths::JOURNAL_CONF, assets::JOURNAL_CONF);
         self.unit_file("zd-settle.service", assets::SETTLE_UNIT);
@@ -268,7 +279,8 @@ impl Builder<'_> {
         self.push(Step::User { name: REGISTRY_USER.into(), home: paths::REGISTRY_DATA.into() });
         self.push(Step::User { name: NGINX_USER.into(), home: paths::SERVICES.into() });
         self.owned_dir(paths::REGISTRY_DATA, 0o750, REGISTRY_USER, Keep::Data);
-        self.owned_dir(paths::REGISTRY_ETC, 0o750, REGISTRY_USER, Keep::Ours);
+        self.dir_for(paths::REGISTRY_ETC, REGISTRY_USER);
+        self.dir_for("/etc/zd/nginx", NGINX_USER);
         let unit = "zd-registry.service";
         self.secret(Secret::Ca, unit);
         self.secret(Secret::RegistryCertificate { ip: host.ip.into() }, unit);
@@ -330,7 +342,7 @@ impl Builder<'_> {
     pub(super) fn folders(&mut self, service: &Service) {
         let name = &service.name;
         let base = paths::service(name);
-        self.dir(&base, 0o755);
+        self.dir_for(&base, NGINX_USER);
         self.owned_dir(base.join("tmp"), 0o700, NGINX_USER, Keep::Ours);
         for slot in Slot::BOTH {
             let held = format!("held-{slot}");

@@ -27,7 +27,7 @@ pub fn plan(from: &HostConfig, to: &Installed, about: String, standing: Vec<Stan
     if from.registry() != host.registry() {
         plan.push(Step::UntrustCa { path: paths::docker_ca(&from.registry()) });
     }
-    plan.file(paths::HOST_TOML, host.to_toml()?);
+    plan.private_file(paths::HOST_TOML, host.to_toml()?);
     Ok(Plan { verb: "reconfigure", about, steps: plan.steps })
 }
 

@@ -43,7 +43,7 @@ pub fn plan(inputs: &Inputs, present: &Present) -> Result<Plan> {
     let mut plan = Builder { restored: inputs.restored, secrets, signing, ..Builder::default() };
     plan.base(inputs);
     plan.records(Some(&present.reports_lost));
-    plan.file(paths::HOST_TOML, installed.host.to_toml()?);
+    plan.private_file(paths::HOST_TOML, installed.host.to_toml()?);
     plan.registry(&inputs.installed.host)?;
     plan.saved_images(lock);
     plan.docker(installed);

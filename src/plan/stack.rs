@@ -38,7 +38,7 @@ impl Builder<'_> {
         let etc = paths::CONSUL_ETC;
         self.push(Step::User { name: CONSUL_USER.into(), home: paths::CONSUL_DATA.into() });
         self.owned_dir(paths::CONSUL_DATA, 0o750, CONSUL_USER, Keep::Ours);
-        self.owned_dir(etc, 0o750, CONSUL_USER, Keep::Ours);
+        self.dir_for(etc, CONSUL_USER);
         for token in Token::CONSUL {
             self.secret(Secret::Token(token), consul::UNIT);
         }
@@ -94,11 +94,11 @@ impl Builder<'_> {
     pub(super) fn consul_template(&mut self, installed: &Installed) -> Result<()> {
         let etc = paths::CONSUL_TEMPLATE_ETC;
         self.push(Step::User { name: CONSUL_TEMPLATE_USER.into(), home: paths::POOLS.into() });
-        self.owned_dir(etc, 0o750, CONSUL_TEMPLATE_USER, Keep::Ours);
+        self.dir_for(etc, CONSUL_TEMPLATE_USER);
         // Not below its configuration: it reads every file there as one.
         let templates = paths::TEMPLATES;
-        self.dir(templates, 0o755);
-        self.owned_dir(paths::POOLS, 0o755, CONSUL_TEMPLATE_USER, Keep::Ours);
+        self.dir_for(templates, CONSUL_TEMPLATE_USER);
+        self.owned_dir(paths::POOLS, 0o750, CONSUL_TEMPLATE_USER, Keep::Ours);
         self.secret(Secret::ConsulTemplatePrivate, "consul-template.service");
         let services = &installed.lock.services;
         let mut files = Vec::new();

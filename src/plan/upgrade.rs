@@ -92,7 +92,7 @@ pub fn plan(inputs: &Inputs, change: Change) -> Result<Plan> {
     if !change.standing.is_empty() {
         plan.push(Step::Untouched { containers: change.standing });
     }
-    plan.file(paths::HOST_TOML, installed.host.to_toml()?);
+    plan.private_file(paths::HOST_TOML, installed.host.to_toml()?);
     plan.current(installed);
     if !change.dropped.is_empty() {
         plan.push(Step::Drop { services: change.dropped });

@@ -12,9 +12,11 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use rustix::fs::Mode;
 use rustix::net::RecvFlags;
+use rustix::process::umask;
 
-use crate::error::{At, Result};
+use crate::error::{At, Code, Result};
 use crate::host::{fs, paths};
 use crate::ids::{Name, Slot};
 
@@ -42,15 +44,21 @@ struct Shared {
 impl Gate {
     /// Opens the gate's socket; nothing comes to it before the pointer is held.
     pub fn open(service: &Name) -> Result<Self> {
-        let socket = paths::run(service).join("gate.sock");
-        let gate = Self::at(socket)?;
-        allow_nginx(&gate.socket)?;
-        Ok(gate)
+        let socket = paths::gate(service);
+        is_asked(service, &socket)?;
+        // The group of the folder is that of the sockets in it (inode(7), S_ISGID).
+        let nginx = format!("{}{}", fs::ROOT_AND, paths::NGINX_USER);
+        fs::make_dir(Path::new(paths::GATES), 0o2750, Some(&nginx))?;
+        Self::at(socket)
     }
 
     fn at(socket: PathBuf) -> Result<Self> {
         fs::remove_file(&socket)?;
-        let listener = UnixListener::bind(&socket).at(&socket)?;
+        // To connect takes the right to write. What other threads make meanwhile is only closed more.
+        let before = umask(Mode::from_raw_mode(0o117));
+        let bound = UnixListener::bind(&socket);
+        umask(before);
+        let listener = bound.at(&socket)?;
         rustix::net::listen(&listener, BACKLOG).map_err(|e| crate::error::io(&socket, e.into()))?;
         let shared = Arc::new(Mutex::new(Shared::default()));
         let theirs = shared.clone();
@@ -153,11 +161,16 @@ fn answer(mut stream: UnixStream, slot: Slot) -> std::io::Result<()> {
     write!(stream, "HTTP/1.0 200 OK\r\nX-Accel-Redirect: @{slot}\r\nContent-Length: 0\r\n\r\n")
 }
 
-fn allow_nginx(socket: &Path) -> Result<()> {
-    use std::os::unix::fs::PermissionsExt;
-    let (_, gid) = fs::ids(Some(paths::NGINX_USER))?;
-    std::os::unix::fs::chown(socket, Some(0), Some(gid)).at(socket)?;
-    std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o660)).at(socket)
+/// An nginx that was set up by an earlier zd looks for the gate elsewhere: it would hold nobody.
+fn is_asked(service: &Name, socket: &Path) -> Result<()> {
+    let path = paths::nginx_conf(service);
+    let conf = std::fs::read_to_string(&path).at(&path)?;
+    if conf.contains(&format!("unix:{}:", socket.display())) {
+        return Ok(());
+    }
+    Err(Code::Nginx
+        .err(format!("{} does not lead to {}", path.display(), socket.display()))
+        .cure("it is of another zd: zd install with the installed bundle, or zd upgrade, renders it anew"))
 }
 
 #[cfg(test)]

@@ -12,11 +12,13 @@ use std::path::PathBuf;
 
 use crate::bundle::manifest::{Door, Service};
 use crate::error::{Code, OrCode, Result};
-use crate::host::{nginx, paths, unix_diag};
-use crate::ids::{Name, Slot};
+use crate::host::nginx::Masters;
+use crate::host::{paths, unix_diag};
+use crate::ids::Slot;
 
 pub struct InFlight {
-    service: Name,
+    /// None where there is no long-lived path, or no nginx.
+    masters: Option<Masters>,
     sockets: BTreeSet<PathBuf>,
     /// Connections by inode, seen so far; whether they are of the nginx that counts.
     seen: BTreeMap<u64, bool>,
@@ -25,12 +27,13 @@ pub struct InFlight {
 }
 
 impl InFlight {
-    pub fn new(service: &Service) -> Self {
+    pub async fn new(service: &Service) -> Self {
         let doors = service.long_lived.iter().map(|l| Door::Path(l.path.clone()));
         let name = &service.name;
-        let sockets =
+        let sockets: BTreeSet<PathBuf> =
             doors.flat_map(|door| Slot::BOTH.map(|slot| paths::socket(name, slot, &door))).collect();
-        let mut all = Self { service: name.clone(), sockets, seen: BTreeMap::new(), trouble: None };
+        let masters = if service.long_lived.is_empty() { None } else { Masters::of(name).await.ok() };
+        let mut all = Self { masters, sockets, seen: BTreeMap::new(), trouble: None };
         all.of(1);
         all
     }
@@ -52,10 +55,11 @@ impl InFlight {
         let known = open.iter().filter(|inode| self.seen.get(inode) == Some(&true)).count() as u64;
         let new: BTreeSet<u64> = open.into_iter().filter(|inode| !self.seen.contains_key(inode)).collect();
         if known < counted && !new.is_empty() {
-            if nginx::is_being_replaced(&self.service)? {
+            let masters = self.masters.as_ref().ok_or_else(|| Code::Nginx.err("nginx did not run"))?;
+            if masters.is_being_replaced()? {
                 return Err(Code::Nginx.err("two nginx take requests, and which of them counts is not known"));
             }
-            let ours = nginx::held_by_workers(&self.service, &new)?;
+            let ours = masters.held_by_workers(&new)?;
             self.seen.extend(new.into_iter().map(|inode| (inode, ours.contains(&inode))));
         }
         Ok(known.min(counted))

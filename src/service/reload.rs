@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::pointer::{self, Pointer};
 use crate::error::{Code, Result};
-use crate::host::nginx::{self, Status};
+use crate::host::nginx::{self, Masters, Status};
 use crate::host::{fs, until};
 use crate::ids::Name;
 
@@ -33,13 +33,13 @@ pub async fn with(service: &Name, path: &Path, bytes: &[u8]) -> Result<()> {
 
 async fn gently(service: &Name) -> Result<()> {
     nginx::check(service).await?;
-    let old = nginx::workers(service)?;
+    let old = Masters::of(service).await?.workers()?;
     let status = Status::open(service).await?;
     closing(service, status, async || {
         nginx::remove_stale_sockets(service)?;
         nginx::hang_up(service).await?;
         let replaced = async || {
-            let now = nginx::workers(service)?;
+            let now = Masters::of(service).await?.workers()?;
             if !now.is_empty() && now.iter().all(|pid| !old.contains(pid)) {
                 return Ok(());
             }

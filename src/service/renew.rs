@@ -5,15 +5,15 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Signal;
 
 use super::{reload, switch};
 use crate::bundle::manifest::{Engine, Service};
 use crate::bundle::sources::cache::hash_file;
-use crate::error::{Code, OrCode, Result};
+use crate::error::{Code, Result};
 use crate::host::config::Installed;
 use crate::host::docker::Docker;
-use crate::host::nginx::Status;
+use crate::host::nginx::{Masters, Status, signal};
 use crate::host::registry::Registry;
 use crate::host::{nginx, nomad, paths, systemd, until};
 use crate::ids::Name;
@@ -38,8 +38,8 @@ pub async fn is_stale(process: &Process) -> Result<bool> {
             Ok(is_unit_stale("docker.service").await? || is_unit_stale("containerd.service").await?)
         }
         Process::Nginx { service } => {
-            let Some(master) = nginx::master(service) else { return Ok(false) };
-            Ok(nginx::is_being_replaced(service)? || is_pid_stale(master)?)
+            let Ok(masters) = Masters::of(service).await else { return Ok(false) };
+            Ok(masters.is_being_replaced()? || is_pid_stale(masters.current()?)?)
         }
     }
 }
@@ -58,6 +58,10 @@ fn is_pid_stale(pid: u32) -> Result<bool> {
     let Ok(link) = fs::read_link(&exe) else { return Ok(false) };
     if let Some(path) = link.to_string_lossy().strip_suffix(" (deleted)") {
         let installed = Path::new(path);
+        // Where packages put programs; what lies elsewhere may be anything.
+        if !installed.starts_with("/usr") {
+            return Ok(true);
+        }
         return Ok(!installed.exists() || hash_file(&exe)?.0 != hash_file(installed)?.0);
     }
     let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap_or_default();
@@ -93,31 +97,33 @@ async fn docker(engine: Engine) -> Result<()> {
 async fn nginx_swap(service: &Service) -> Result<()> {
     let name = &service.name;
     nginx::check(name).await?;
-    if let Some(before) = nginx::master_before(name)
+    let Ok(masters) = Masters::of(name).await else { return Ok(()) };
+    if let Some(before) = masters.before()?
         && nginx::workers_of(before)?.is_empty()
     {
-        signal(before, Signal::QUIT)?;
-        until(READY, EVERY, async || gone(name)).await?;
+        signal(name, before, Signal::QUIT).await?;
+        until(READY, EVERY, async || gone(name).await).await?;
     }
     // A swap that was broken off: whichever runs what is installed stays.
-    if nginx::master_before(name).is_some() {
-        match nginx::master(name) {
-            Some(new) if !is_pid_stale(new)? => return finish(service, Status::open(name).await?).await,
-            _ => back(name).await?,
+    let masters = Masters::of(name).await?;
+    if masters.before()?.is_some() {
+        if !is_pid_stale(masters.current()?)? {
+            return finish(service, Status::open(name).await?).await;
         }
+        back(name).await?;
     }
-    let Some(old) = nginx::master(name) else { return Ok(()) };
+    let old = Masters::of(name).await?.current()?;
     if !is_pid_stale(old)? {
         return Ok(());
     }
     // From here on a connection may reach either; this one stays with the old one's workers.
     let status = Status::open(name).await?;
-    signal(old, Signal::USR2)?;
+    signal(name, old, Signal::USR2).await?;
     let begun = async || {
-        let new = nginx::master(name).filter(|new| *new != old);
-        match (new, nginx::workers(name)) {
-            (Some(_), Ok(workers)) if !workers.is_empty() => Ok(()),
-            _ => Err(Code::Nginx
+        let masters = Masters::of(name).await?;
+        match masters.current()? != old && !masters.workers()?.is_empty() {
+            true => Ok(()),
+            false => Err(Code::Nginx
                 .err(format!("the new nginx of {name} does not start beside the old one"))
                 .cure("the old one serves on; see `zd logs nginx`")),
         }
@@ -129,9 +135,9 @@ async fn nginx_swap(service: &Service) -> Result<()> {
 /// Takes the work from the old master's workers, looks whether the new one's do it, and lets the old one go.
 async fn finish(service: &Service, status: Status) -> Result<()> {
     let name = &service.name;
-    let Some(old) = nginx::master_before(name) else { return Ok(()) };
+    let Some(old) = Masters::of(name).await?.before()? else { return Ok(()) };
     reload::closing(name, status, async || {
-        signal(old, Signal::WINCH)?;
+        signal(name, old, Signal::WINCH).await?;
         let retired = async || match nginx::workers_of(old)?.len() {
             0 => Ok(()),
             n => {
@@ -151,28 +157,30 @@ async fn finish(service: &Service, status: Status) -> Result<()> {
         }
         tokio::time::sleep(EVERY).await;
     }
-    signal(old, Signal::QUIT)?;
+    signal(name, old, Signal::QUIT).await?;
     // It waits for answers that are still on their way, and may do so for as long as they take.
-    let _ = until(READY, EVERY, async || gone(name)).await;
+    let _ = until(READY, EVERY, async || gone(name).await).await;
     Ok(())
 }
 
 /// The old master's workers serve again, and the new one goes.
 async fn back(name: &Name) -> Result<()> {
-    let (Some(old), Some(new)) = (nginx::master_before(name), nginx::master(name)) else { return Ok(()) };
-    signal(old, Signal::HUP)?;
+    let masters = Masters::of(name).await?;
+    let (Some(old), new) = (masters.before()?, masters.current()?) else { return Ok(()) };
+    signal(name, old, Signal::HUP).await?;
     let serving = async || match nginx::workers_of(old)?.len() {
         0 => Err(Code::Nginx.err(format!("the old nginx of {name} does not come back"))),
         _ => Ok(()),
     };
     until(READY, EVERY, serving).await?;
-    reload::closing(name, Status::open(name).await?, async || signal(new, Signal::QUIT)).await?;
-    until(READY, EVERY, async || gone(name)).await
+    let status = Status::open(name).await?;
+    reload::closing(name, status, async || signal(name, new, Signal::QUIT).await).await?;
+    until(READY, EVERY, async || gone(name).await).await
 }
 
 /// One of the two masters has ended: it does when its last answers and sessions have.
-fn gone(name: &Name) -> Result<()> {
-    match nginx::master_before(name) {
+async fn gone(name: &Name) -> Result<()> {
+    match Masters::of(name).await?.before()? {
         None => Ok(()),
         Some(_) => Err(Code::Nginx
             .err(format!("an nginx of {name} that was replaced still has answers or sessions"))
@@ -181,10 +189,4 @@ fn gone(name: &Name) -> Result<()> {
                 paths::nginx_unit(name)
             ))),
     }
-}
-
-fn signal(pid: u32, signal: Signal) -> Result<()> {
-    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
-    let pid = pid.ok_or_else(|| Code::Bug.err("no process id"))?;
-    kill_process(pid, signal).or_code(Code::Nginx, "a signal to nginx")
 }

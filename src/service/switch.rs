@@ -12,11 +12,11 @@ use super::gate::Gate;
 use super::health;
 use super::in_flight::InFlight;
 use super::pointer::{self, Pointer};
-use super::sessions::{self, Moved};
+use super::sessions;
 use super::state::State;
 use crate::audit::{self, Event, Release};
 use crate::bundle::manifest::Service;
-use crate::error::{Code, Result};
+use crate::error::{Code, Error, Result};
 use crate::failpoint;
 use crate::host::config::Installed;
 use crate::host::nginx::Status;
@@ -52,7 +52,7 @@ pub struct Report {
     pub verified: u32,
     /// What became of the sessions of the old slot, by TCP port and by long-lived path.
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub sessions: Vec<Moved>,
+    pub sessions: Vec<sessions::Moved>,
 }
 
 /// Who asked, and why.
@@ -89,6 +89,8 @@ pub async fn run(
         sessions: Vec::new(),
     };
     if from == to {
+        // A switch before may not have come to the disk.
+        fs::sync_dir(&paths::service(name))?;
         return Ok(report);
     }
     check_standby(installed, service, to).await?;
@@ -106,10 +108,10 @@ pub async fn run(
     let change = |numbers| Change { begun, numbers, ..Change::default() };
     let gate = Gate::open(name)?;
     let result = hold_and_flip(service, &gate, from, to).await;
-    let hold = match result {
-        Ok(hold) => hold,
+    let Moved { hold, mut on_disk } = match result {
+        Ok(moved) => moved,
         Err(e) => {
-            let written = audit::write(event("failed", e.what.clone()))?;
+            let written = audit::write(event(FAILED, e.what.clone()))?;
             linger(&gate).await;
             report::write(&written, &change(BTreeMap::new()))?;
             return Err(e);
@@ -120,13 +122,14 @@ pub async fn run(
     failpoint::reach("switch:cut");
     let mut state = state;
     state.activate(to);
-    state.write(name)?;
+    on_disk = on_disk.and(state.write(name));
     let verified = verify(service, to).await;
     linger(&gate).await;
     let detail: Vec<String> = std::iter::once(held_text(&gate))
         .chain(report.sessions.iter().filter_map(|m| m.text(from)))
+        .chain(on_disk.as_ref().err().map(|e| e.what.clone()))
         .collect();
-    let outcome = if verified.is_ok() { "done" } else { "unverified" };
+    let outcome = outcome(&on_disk, &verified);
     let written = audit::write(event(outcome, detail.join("; ")))?;
     if verified.is_ok() {
         sessions::wait(service, from, &mut report.sessions).await;
@@ -147,9 +150,27 @@ pub async fn run(
         ("from hold to release", format!("{:.1} ms", report.hold_ms)),
     ]);
     report::write(&written, &change(numbers))?;
+    on_disk.map_err(|e| not_on_disk(e, to))?;
     report.verified = verified?;
     report.total_ms = start.elapsed().as_secs_f64() * 1000.0;
     Ok(report)
+}
+
+/// How a switch that was begun ends in the audit log: no traffic moved;
+const FAILED: &str = "failed";
+/// or all of it did, and that may be forgotten by a power cut, is not what clients saw, or is well.
+fn outcome(on_disk: &Result<()>, verified: &Result<u32>) -> &'static str {
+    match (on_disk, verified) {
+        (Err(_), _) => "moved, not on disk",
+        (Ok(()), Err(_)) => "unverified",
+        (Ok(()), Ok(_)) => "done",
+    }
+}
+
+fn not_on_disk(e: Error, to: Slot) -> Error {
+    let what = format!("all traffic is on {to}, but a power cut may bring the slot before back: {}", e.what);
+    let cure = format!("see `dmesg` and `df -h`; when the disk takes writes again: zd switch --to {to}");
+    Error { what, cure: Some(e.cure.map_or(cure.clone(), |first| format!("{first}; then {cure}"))), ..e }
 }
 
 /// A zd that was killed in the middle of a switch left a hold, or a flip that was not written down. The
@@ -175,7 +196,9 @@ pub async fn settle_killed(service: &Service) -> Result<()> {
         state.activate(active);
         state.unpublished = true;
         state.write(name)?;
-        let what = format!("a switch was killed after it had moved the traffic; {active} is active");
+        let what = format!(
+            "a switch was killed or not written down after it had moved the traffic; {active} is active"
+        );
         let left = left.iter().filter_map(|m| m.text(active.other()));
         recovered(std::iter::once(what).chain(left).collect::<Vec<_>>().join("; "))?;
     }
@@ -234,13 +257,21 @@ async fn check_standby(installed: &Installed, service: &Service, to: Slot) -> Re
     Ok(())
 }
 
+/// A pointer that clients go by.
+struct Moved {
+    /// How long requests were held.
+    hold: Duration,
+    /// Whether it outlives a power cut.
+    on_disk: Result<()>,
+}
+
 /// Holds new requests, waits until the old answers are out, flips, releases. On any trouble before the
-/// flip all go to the old slot and nothing has changed. Returns how long requests were held.
-async fn hold_and_flip(service: &Service, gate: &Gate, from: Slot, to: Slot) -> Result<Duration> {
+/// flip all go to the old slot and nothing has changed: only that is an error.
+async fn hold_and_flip(service: &Service, gate: &Gate, from: Slot, to: Slot) -> Result<Moved> {
     let name = &service.name;
     let mut status = Status::open(name).await?;
     status.read().await?;
-    let mut in_flight = InFlight::new(service);
+    let mut in_flight = InFlight::new(service).await;
     let start = Instant::now();
     pointer::swap(name, Pointer::Held(from))?;
     failpoint::reach("switch:held");
@@ -257,11 +288,10 @@ async fn hold_and_flip(service: &Service, gate: &Gate, from: Slot, to: Slot) -> 
     }
     failpoint::reach("switch:flipped");
     // On disk before any client sees the new version: a power cut must not bring the old one back.
-    let synced = fs::sync_dir(&paths::service(name));
+    let on_disk = fs::sync_dir(&paths::service(name));
     gate.release(to);
     failpoint::reach("switch:released");
-    synced?;
-    Ok(start.elapsed())
+    Ok(Moved { hold: start.elapsed(), on_disk })
 }
 
 async fn drain(
@@ -357,4 +387,22 @@ fn local(port: u16) -> SocketAddr {
 fn host_name(service: &Service) -> &str {
     let mut exact = service.server_names.iter().filter(|name| !name.contains('*'));
     exact.next().map_or("localhost", String::as_str)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn traffic_that_moved_is_never_called_failed() {
+        let bad = || Code::Io.err("input/output error");
+        assert_eq!(outcome(&Ok(()), &Ok(10)), "done");
+        assert_eq!(outcome(&Ok(()), &Err(bad())), "unverified");
+        for verified in [Ok(10), Err(bad())] {
+            assert_eq!(outcome(&Err(bad()), &verified), "moved, not on disk");
+        }
+        let told = not_on_disk(bad(), Slot::Green);
+        assert!(told.what.starts_with("all traffic is on green") && told.code == Code::Io);
+        assert!(told.cure.unwrap().contains("zd switch --to green"));
+    }
 }
