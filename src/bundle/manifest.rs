@@ -12,7 +12,7 @@ use crate::backup::Settings;
 use crate::error::{Code, Error, Result};
 use crate::ids::{Digest, Name, Version};
 
-pub use super::service::{Door, Inlet, LongLived, Service, Sessions, Tcp};
+pub use super::service::{CAPABILITIES, Door, Inlet, LongLived, Service, Sessions, Tcp};
 use super::target::Target;
 use super::versions;
 
@@ -505,6 +505,35 @@ standby-listen = 8081
         assert!(e.contains("keep = 0") && e.contains("to = \"x\""), "{e}");
         let e = Manifest::parse(&format!("{GOOD}[backup]\nrecipient = \"age1x\"\n")).unwrap_err().what;
         assert!(e.contains("is not a public key as age1"), "{e}");
+    }
+
+    #[test]
+    fn containers_have_no_rights_but_those_given() {
+        let with = |more: &str| Manifest::parse(&format!("{GOOD}{more}"));
+        let given =
+            "capabilities = [\"NET_BIND_SERVICE\", \"CHOWN\"]\nread-only = true\nuser = \"1000:www-data\"\n";
+        let service = with(given).unwrap().services.remove(0);
+        let text = serde_json::to_string(&service).unwrap();
+        let lock = r#""capabilities":["CHOWN","NET_BIND_SERVICE"],"read-only":true,"user":"1000:www-data""#;
+        assert!(text.contains(lock), "{text}");
+        assert_eq!(serde_json::from_str::<Service>(&text).unwrap(), service);
+        // A lock without any has the bytes that it always had.
+        let text = serde_json::to_string(&Manifest::parse(GOOD).unwrap().services[0]).unwrap();
+        assert!(!["capabilities", "read-only", "user"].iter().any(|key| text.contains(key)), "{text}");
+
+        for (wrong, why) in [
+            ("capabilities = [\"NET_RAW\"]\n", "capability \"NET_RAW\": expected some of AUDIT_WRITE, CHOWN"),
+            ("capabilities = [\"ALL\"]\n", "capability \"ALL\""),
+            ("capabilities = [\"chown\"]\n", "capability \"chown\""),
+            ("user = \"\"\n", "user \"\": expected user or user:group, such as 1000:1000"),
+            ("user = \"1:\"\n", "user \"1:\""),
+            ("user = \"a b\"\n", "user \"a b\""),
+            ("user = \"1:2:3\"\n", "user \"1:2:3\""),
+            ("privileged = true\n", "unknown field `privileged`"),
+        ] {
+            let said = with(wrong).unwrap_err().what;
+            assert!(said.contains(why), "{wrong}: {said}");
+        }
     }
 
     #[test]

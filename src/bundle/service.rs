@@ -1,12 +1,29 @@
 //! A service of the manifest: what is run blue-green, on which ports, and how long things may take.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use crate::ids::{Name, Version};
+
+/// Capabilities (capabilities(7)) that a service may be given: those that Docker gives by itself, without NET_RAW and
+/// MKNOD, which forge packets and devices.
+pub const CAPABILITIES: [&str; 12] = [
+    "AUDIT_WRITE",
+    "CHOWN",
+    "DAC_OVERRIDE",
+    "FOWNER",
+    "FSETID",
+    "KILL",
+    "NET_BIND_SERVICE",
+    "SETFCAP",
+    "SETGID",
+    "SETPCAP",
+    "SETUID",
+    "SYS_CHROOT",
+];
 
 /// A service that is run blue-green. Stands unchanged in the lock.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -57,6 +74,16 @@ pub struct Service {
     /// Megabytes of memory per container; 0 is no limit.
     #[serde(default)]
     pub memory_mb: u32,
+    /// What its processes may do that root may and others may not; none where not given. Left out where there is none,
+    /// as in locks from before there were any, and so are the next two.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub capabilities: BTreeSet<String>,
+    /// Nothing in the container can be written to.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub read_only: bool,
+    /// `user` or `user:group` that it runs as; the image's own where not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
     /// TCP ports beside HTTP. Left out where there is none, as in locks from before there were any.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub tcp: Vec<Tcp>,
@@ -83,6 +110,14 @@ impl Service {
         let tcp = self.tcp.iter().map(|t| inlet(Door::Listen(t.listen()), t.sessions, t.drain_ms));
         let paths = self.long_lived.iter().map(|l| inlet(Door::Path(l.path.clone()), l.sessions, l.drain_ms));
         tcp.chain(paths).collect()
+    }
+
+    /// What its containers have otherwise than others, for people.
+    pub fn rights(&self) -> Vec<String> {
+        let capabilities = self.capabilities.iter().map(|c| format!("capability {c}"));
+        let user = self.user.iter().map(|user| format!("user {user}"));
+        let read_only = self.read_only.then(|| "read-only files".to_owned());
+        capabilities.chain(user).chain(read_only).collect()
     }
 
     /// What cannot be about it, whatever else is in the manifest.
@@ -154,6 +189,15 @@ impl Service {
             if key.is_empty() || key.contains(['=', '\0']) {
                 found.push(format!("service {name}: env name {key:?} cannot be set"));
             }
+        }
+        for capability in self.capabilities.iter().filter(|c| !CAPABILITIES.contains(&c.as_str())) {
+            let all = CAPABILITIES.join(", ");
+            found.push(format!("service {name}: capability {capability:?}: expected some of {all}"));
+        }
+        if let Some(user) = self.user.as_ref().filter(|user| !is_user(user)) {
+            found.push(format!(
+                "service {name}: user {user:?}: expected user or user:group, such as 1000:1000"
+            ));
         }
         found
     }
@@ -263,6 +307,16 @@ fn sixty() -> u32 {
 }
 fn two_thousand() -> u32 {
     2000
+}
+
+fn is_user(user: &str) -> bool {
+    let plain = |part: &str| {
+        !part.is_empty()
+            && !part.starts_with('-')
+            && part.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
+    };
+    let (user, group) = user.split_once(':').map_or((user, None), |(user, group)| (user, Some(group)));
+    plain(user) && group.is_none_or(plain)
 }
 
 /// `address/bits`, or one address.

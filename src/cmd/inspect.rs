@@ -62,6 +62,9 @@ fn text(r: &Report) -> String {
             out.push_str(&format!(", {door} ({sessions})"));
         }
     }
+    for s in lock.services.iter().filter(|s| !s.rights().is_empty()) {
+        out.push_str(&format!("\nservice {} is given: {}", s.name, s.rights().join(", ")));
+    }
     for release in lock.programs() {
         out.push_str(&format!("\n{release}"));
     }

@@ -32,6 +32,10 @@ pub const NETWORK: &str = "zd";
 const PARKED: &str = "-parked";
 /// What is kept of a container's own output (Docker's json-file driver).
 const LOG_LIMITS: [(&str, &str); 2] = [("max-size", "32m"), ("max-file", "4")];
+/// Processes and threads a container may have at a time.
+pub const PIDS_LIMIT: i64 = 4096;
+/// No set-uid program in a container gives its caller more than it had.
+pub const NO_NEW_PRIVILEGES: &str = "no-new-privileges";
 /// Seconds a container has to stop by itself.
 const STOP_S: i32 = 10;
 /// bollard's own limit is 2 minutes; a pull of a large image on a slow disk takes longer.
@@ -52,6 +56,10 @@ pub struct Container {
     pub env: Vec<String>,
     /// Bytes; 0 is no limit.
     pub memory: i64,
+    /// Those that it gets back of all that were taken from it.
+    pub capabilities: Vec<String>,
+    pub read_only: bool,
+    pub user: Option<String>,
 }
 
 /// A container as it is.
@@ -277,6 +285,7 @@ impl Docker {
         let body = ContainerCreateBody {
             image: Some(wanted.image.clone()),
             env: Some(wanted.env.clone()),
+            user: wanted.user.clone(),
             labels: Some(labels.into_iter().map(|(k, v)| (k.to_owned(), v)).collect()),
             host_config: Some(ContainerHostConfig {
                 restart_policy: Some(RestartPolicy {
@@ -290,6 +299,11 @@ impl Docker {
                     config: Some(LOG_LIMITS.map(|(key, value)| (key.into(), value.into())).into()),
                 }),
                 memory: (wanted.memory > 0).then_some(wanted.memory),
+                cap_drop: Some(vec!["ALL".into()]),
+                cap_add: Some(wanted.capabilities.clone()),
+                security_opt: Some(vec![NO_NEW_PRIVILEGES.into()]),
+                pids_limit: Some(PIDS_LIMIT),
+                readonly_rootfs: Some(wanted.read_only),
                 ..Default::default()
             }),
             networking_config: Some(NetworkingConfig {

@@ -9,7 +9,7 @@ use crate::assets;
 use crate::bundle::manifest::{Engine, ImageRef, Service};
 use crate::error::Result;
 use crate::host::config::{HostConfig, Installed};
-use crate::host::docker::{Container, parked};
+use crate::host::docker::{Container, NO_NEW_PRIVILEGES, PIDS_LIMIT, parked};
 use crate::host::{nginx, paths};
 use crate::ids::{Digest, Slot};
 
@@ -75,6 +75,9 @@ pub fn containers(
         ip: installed.host.address(index, slot, instance),
         env: service.env.iter().map(|(k, v)| format!("{k}={v}")).collect(),
         memory: i64::from(service.memory_mb) << 20,
+        capabilities: service.capabilities.iter().cloned().collect(),
+        read_only: service.read_only,
+        user: service.user.clone(),
     })
 }
 
@@ -99,6 +102,11 @@ pub fn job(
         "image": installed.host.image(&reference.name, digest),
         "instances": instances.collect::<Vec<_>>(),
         "env": service.env,
+        "capabilities": service.capabilities,
+        "read_only": service.read_only,
+        "user": service.user,
+        "pids_limit": PIDS_LIMIT,
+        "no_new_privileges": NO_NEW_PRIVILEGES,
         "port": service.port,
         "health": service.health,
         "memory_mb": if service.memory_mb == 0 { MEMORY_MB } else { service.memory_mb },

@@ -9,7 +9,7 @@ use super::{DataCopy, Keep, Step, Stone, Text};
 use crate::assets;
 use crate::bundle::Lock;
 use crate::bundle::lock::Release;
-use crate::bundle::manifest::Product;
+use crate::bundle::manifest::{CAPABILITIES, Product};
 use crate::bundle::versions;
 use crate::error::{Code, Result};
 use crate::host::config::{HostConfig, Installed};
@@ -187,6 +187,7 @@ fn nomad_config(installed: &Installed, version: &Version) -> Result<Text> {
         "node": installed.host.node(),
         "data": paths::NOMAD_DATA,
         "docker_auth": paths::DOCKER_AUTH,
+        "capabilities": CAPABILITIES,
         "ca": paths::CA,
         "cert": paths::NOMAD_CERT,
         "key": paths::NOMAD_KEY,
