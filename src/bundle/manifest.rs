@@ -596,6 +596,27 @@ standby-listen = 8081
     }
 
     #[test]
+    fn what_a_client_may_take_has_bounds() {
+        let with = |more: &str| Manifest::parse(&format!("{GOOD}[service.clients]\n{more}"));
+        let text = serde_json::to_string(&with("").unwrap().services[0]).unwrap();
+        assert!(
+            !text.contains("clients"),
+            "a lock with the defaults has the bytes that it always had: {text}"
+        );
+        let some = with("max-body-mb = 2000\n").unwrap().services.remove(0);
+        assert_eq!((some.clients.max_body_mb, some.clients.header_timeout), (2000, 20));
+        let text = serde_json::to_string(&some).unwrap();
+        assert_eq!(serde_json::from_str::<Service>(&text).unwrap(), some);
+        let said = with("max-body-mb = 0\nbody-timeout = 601\n").unwrap_err().what;
+        for part in
+            ["clients.max-body-mb = 0: expected 1 to", "clients.body-timeout = 601: expected 1 to 600"]
+        {
+            assert!(said.contains(part), "{said}");
+        }
+        assert!(with("max-body = 5\n").unwrap_err().what.contains("unknown field `max-body`"));
+    }
+
+    #[test]
     fn ports_that_clash_are_named_with_who_has_them() {
         let said = |text: String| Manifest::parse(&text).unwrap_err().what;
         let tcp = |listen: u16| format!("{GOOD}[[service.tcp]]\nport = 5000\nlisten = {listen}\n");

@@ -69,6 +69,9 @@ pub struct Service {
     /// Milliseconds a switch waits for answers of the old slot.
     #[serde(default = "two_thousand")]
     pub drain_ms: u32,
+    /// Left out where all are defaults, as in locks from before there were any.
+    #[serde(default, skip_serializing_if = "Clients::is_default")]
+    pub clients: Clients,
     #[serde(default)]
     pub env: BTreeMap<String, String>,
     /// Megabytes of memory per container; 0 is no limit.
@@ -139,6 +142,7 @@ impl Service {
                 ));
             }
         }
+        found.extend(self.clients.problems().map(|why| format!("service {name}: {why}")));
         for (i, LongLived { path, .. }) in self.long_lived.iter().enumerate() {
             if self.long_lived[..i].iter().any(|l| l.path == *path) {
                 found.push(format!("service {name}: long-lived path {path} is listed twice"));
@@ -200,6 +204,45 @@ impl Service {
             ));
         }
         found
+    }
+}
+
+/// What a client may take of nginx, HTTP only.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Clients {
+    /// Seconds for a whole request header.
+    pub header_timeout: u32,
+    /// Seconds between two pieces of a request body.
+    pub body_timeout: u32,
+    /// Megabytes of a request body; a larger one is answered 413.
+    pub max_body_mb: u32,
+    /// Requests of one address at a time, held ones among them; more are answered 429. 0 is no limit.
+    pub requests_per_address: u32,
+}
+
+impl Default for Clients {
+    fn default() -> Self {
+        // A plant behind one gateway has a thousand requests a second, and a hold keeps them all for two.
+        Self { header_timeout: 20, body_timeout: 30, max_body_mb: 100, requests_per_address: 5000 }
+    }
+}
+
+impl Clients {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+
+    fn problems(&self) -> impl Iterator<Item = String> {
+        let bounds = [
+            ("header-timeout", self.header_timeout, 1..=600),
+            ("body-timeout", self.body_timeout, 1..=600),
+            ("max-body-mb", self.max_body_mb, 1..=1 << 20),
+            ("requests-per-address", self.requests_per_address, 0..=1 << 20),
+        ];
+        bounds.into_iter().filter(|(_, number, good)| !good.contains(number)).map(|(key, number, good)| {
+            format!("clients.{key} = {number}: expected {} to {}", good.start(), good.end())
+        })
     }
 }
 

@@ -102,7 +102,7 @@ pub fn render(installed: &Installed, service: &Service) -> Result<String> {
             "fail_timeout_s": service.fail_timeout,
             "keepalive": KEEPALIVE,
             "read_timeout_s": service.read_timeout,
-            "max_body": "0",
+            "clients": service.clients,
             "tcp": tcp(installed, service),
             "long_lived": long_lived(installed, service),
         }),
@@ -212,11 +212,16 @@ impl Masters {
         workers_of(self.current()?)
     }
 
+    /// All processes of the current master's, workers that only finish what they have included.
+    pub fn processes(&self) -> Result<Vec<u32>> {
+        children(self.current()?)
+    }
+
     /// Of these sockets those that the current master's workers have, also workers that only finish what they have: the
     /// requests of all these are in its `stub_status`. Those of a master before it are not.
     pub fn held_by_workers(&self, inodes: &BTreeSet<u64>) -> Result<BTreeSet<u64>> {
         let mut held = BTreeSet::new();
-        for pid in children(self.current()?)? {
+        for pid in self.processes()? {
             // One that has just ended has none. Some 4 µs each, so no further than needed.
             for fd in std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten() {
                 if held.len() == inodes.len() {
