@@ -29,6 +29,7 @@ fn main() -> ExitCode {
     rustix::process::umask(umask | rustix::fs::Mode::from_raw_mode(0o022));
     let cli = cmd::Cli::parse();
     let ui = ui::Ui::new(cli.json, cli.quiet);
+    host::raise_open_files();
     // The one TLS provider; must stand before the first client is built.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {

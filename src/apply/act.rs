@@ -285,7 +285,7 @@ pub fn name_aside(path: &Path) -> String {
 pub async fn switch_to(service: &Name, slot: Slot, host: &Host<'_>) -> Result<()> {
     let installed = Installed::require()?;
     let service = installed.service(Some(service))?;
-    let request = switch::Request { verb: host.verb, reason: "" };
+    let request = switch::Request { verb: host.verb, reason: "", cut: false };
     switch::run(&installed, service, slot, &request).await.map(drop)
 }
 

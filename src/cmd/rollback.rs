@@ -2,6 +2,7 @@
 
 use super::ChangeArgs;
 use super::deploy::{carry_out, settle_interrupted};
+use super::switch::DrainArgs;
 use crate::bundle::manifest::ImageRef;
 use crate::error::{Code, Result};
 use crate::host::Host;
@@ -17,6 +18,7 @@ use crate::ui::Ui;
 /// Go back to the slot and version that was active before
 #[derive(clap::Args)]
 #[command(after_help = "Examples:\n  zd rollback\n  zd rollback hello --reason 'recipe 12 fails'\n  \
+                        zd rollback --cut\n  \
                         zd rollback --generation 1")]
 pub struct Args {
     /// The service; the only one where not given
@@ -24,6 +26,8 @@ pub struct Args {
     /// Back to an earlier generation of the stack instead (zd generations); what the slots hold stays
     #[arg(long, value_name = "N", conflicts_with = "service")]
     generation: Option<u32>,
+    #[command(flatten)]
+    drain: DrainArgs,
     #[command(flatten)]
     change: ChangeArgs,
 }
@@ -66,8 +70,8 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
     // Nothing to do where it still runs; else it is started again, by the digest it had.
     carry_out(&plan, &host, service, previous.slot, &reference, &previous.digest, &args.change.reason)
         .await?;
-    let request = Request { verb: "rollback", reason: &args.change.reason };
-    let report = switch::run(&installed, service, previous.slot, &request).await?;
+    let request = Request { verb: "rollback", reason: &args.change.reason, cut: args.drain.cut };
+    let report = switch::run(&installed, &args.drain.of(service), previous.slot, &request).await?;
     ui.report(&report, super::switch::text);
     cluster::tell(&installed, &service.name, ui).await
 }

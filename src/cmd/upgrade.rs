@@ -138,7 +138,7 @@ async fn switch_all(report: &mut Report, reason: &str, ui: &Ui) -> Result<()> {
     let installed = Installed::require()?;
     for deployed in &report.deployed {
         let service = installed.service(Some(&deployed.service))?;
-        let request = Request { verb: "switch", reason };
+        let request = Request { verb: "switch", reason, cut: false };
         report.switched.push(switch::run(&installed, service, deployed.slot, &request).await?);
         cluster::tell(&installed, &service.name, ui).await?;
     }

@@ -12,6 +12,7 @@ pub mod http;
 pub mod jobs;
 pub mod lock;
 pub mod nginx;
+pub mod nginx_requests;
 pub mod nomad;
 pub mod packages;
 pub mod paths;
@@ -20,12 +21,14 @@ pub mod registry;
 mod replay;
 pub mod secrets;
 pub mod signing;
+pub mod sock_diag;
 pub mod stores;
 pub mod systemd;
-pub mod unix_diag;
 
 use std::io::Read;
 use std::time::{Duration, Instant};
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use self::config::Installed;
 use crate::backup::Backup;
@@ -35,6 +38,26 @@ use crate::error::{At, Code, Result};
 use crate::ids::Digest;
 use crate::service::watch::Watch;
 use crate::ui::Ui;
+
+/// A switch has one open file for each request that it holds; a shell's usual limit is 1024. Not as many as the kernel
+/// gives: there are programs that close each number up to their limit.
+const OPEN_FILES: u64 = 65_536;
+
+/// Raises this process's limit of open files as far as it may.
+pub fn raise_open_files() {
+    let now = getrlimit(Resource::Nofile);
+    let most = now.maximum.unwrap_or(u64::MAX);
+    let wanted = OPEN_FILES.max(now.current.unwrap_or(u64::MAX));
+    let to = |current, maximum| Rlimit { current: Some(current), maximum };
+    // The hard limit is root's to raise, with CAP_SYS_RESOURCE.
+    let raised = match most < wanted {
+        true => setrlimit(Resource::Nofile, to(wanted, Some(wanted))),
+        false => setrlimit(Resource::Nofile, to(wanted, now.maximum)),
+    };
+    if raised.is_err() {
+        let _ = setrlimit(Resource::Nofile, to(most, now.maximum));
+    }
+}
 
 /// What carrying out a step needs besides the step itself.
 pub struct Host<'a> {

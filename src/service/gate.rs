@@ -5,7 +5,9 @@
 //! Plain sockets and one thread, no HTTP library: nginx always sends the same few bytes over HTTP/1.0,
 //! and the count of held requests must be exact at a moment of our choosing, straight from the kernel.
 
+use std::collections::BTreeSet;
 use std::io::{Read, Write};
+use std::net::SocketAddr;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -75,6 +77,11 @@ impl Gate {
     /// the gate before it counts a vanished request out, so asking after its count never hides one.
     pub fn waiting_of(&self, n: usize) -> usize {
         lock(&self.shared).held.iter().take(n).filter(|(stream, _)| is_open(stream)).count()
+    }
+
+    /// Clients of the requests that are held, as nginx names them.
+    pub fn clients(&self) -> BTreeSet<SocketAddr> {
+        lock(&self.shared).held.iter().filter_map(|(stream, _)| client(stream)).collect()
     }
 
     /// Lets all go to `slot`, also those still on their way here.
@@ -148,6 +155,14 @@ fn is_open(stream: &UnixStream) -> bool {
     }
 }
 
+/// The request is left to be read.
+fn client(stream: &UnixStream) -> Option<SocketAddr> {
+    let mut request = [0; 512];
+    let (got, _) = rustix::net::recv(stream, &mut request, RecvFlags::PEEK | RecvFlags::DONTWAIT).ok()?;
+    let text = std::str::from_utf8(&request[..got]).ok()?;
+    text.lines().find_map(|line| line.strip_prefix("Client: ")?.parse().ok())
+}
+
 /// Reads the request to its blank line and sends it to a slot.
 fn answer(mut stream: UnixStream, slot: Slot) -> std::io::Result<()> {
     stream.set_read_timeout(Some(REQUEST))?;
@@ -179,7 +194,7 @@ mod tests {
 
     fn ask(gate: &Gate) -> UnixStream {
         let mut stream = UnixStream::connect(&gate.socket).unwrap();
-        stream.write_all(b"GET / HTTP/1.0\r\nHost: gate\r\nConnection: close\r\n\r\n").unwrap();
+        stream.write_all(b"GET / HTTP/1.0\r\nHost: gate\r\nClient: 10.0.0.7:4711\r\n\r\n").unwrap();
         stream
     }
 
@@ -197,6 +212,7 @@ mod tests {
         arrived(&gate, 5);
         assert_eq!(gate.waiting_of(5), 5);
         assert_eq!(gate.waiting_of(3), 3);
+        assert_eq!(gate.clients(), BTreeSet::from([([10, 0, 0, 7], 4711).into()]));
         // A client that gives up is not counted, though it arrived and its request lies unread.
         drop(streams.remove(0));
         assert_eq!(gate.waiting_of(5), 4);

@@ -13,7 +13,7 @@ use std::path::PathBuf;
 use crate::bundle::manifest::{Door, Service};
 use crate::error::{Code, OrCode, Result};
 use crate::host::nginx::Masters;
-use crate::host::{paths, unix_diag};
+use crate::host::{paths, sock_diag};
 use crate::ids::Slot;
 
 pub struct InFlight {
@@ -51,7 +51,7 @@ impl InFlight {
 
     fn look(&mut self, counted: u64) -> Result<u64> {
         let open =
-            unix_diag::connected_to(&self.sockets).or_code(Code::Io, "open unix sockets (unix_diag)")?;
+            sock_diag::connected_to(&self.sockets).or_code(Code::Io, "open unix sockets (unix_diag)")?;
         let known = open.iter().filter(|inode| self.seen.get(inode) == Some(&true)).count() as u64;
         let new: BTreeSet<u64> = open.into_iter().filter(|inode| !self.seen.contains_key(inode)).collect();
         if known < counted && !new.is_empty() {

@@ -6,6 +6,7 @@ pub mod health;
 pub mod in_flight;
 pub mod pointer;
 pub mod reload;
+pub mod remaining;
 pub mod renew;
 pub mod sessions;
 pub mod state;

@@ -12,6 +12,7 @@ use super::gate::Gate;
 use super::health;
 use super::in_flight::InFlight;
 use super::pointer::{self, Pointer};
+use super::remaining::{self, Remaining, Which};
 use super::sessions;
 use super::state::State;
 use crate::audit::{self, Event, Release};
@@ -19,7 +20,7 @@ use crate::bundle::manifest::Service;
 use crate::error::{Code, Error, Result};
 use crate::failpoint;
 use crate::host::config::Installed;
-use crate::host::nginx::Status;
+use crate::host::nginx::{self, Status};
 use crate::host::{fs, http, paths};
 use crate::ids::{Name, Slot};
 use crate::report::{self, Change};
@@ -31,6 +32,10 @@ const PROBE: Duration = Duration::from_secs(10);
 const ASK_AGAIN: Duration = Duration::from_millis(100);
 /// How often nginx is asked whether the old answers are out.
 const POLL: Duration = Duration::from_micros(300);
+/// How long nginx may take to count out what was closed.
+const CLOSED: Duration = Duration::from_millis(200);
+/// How long requests are closed, and then, where some are still counted, connections.
+const CUT: Duration = Duration::from_secs(2);
 /// The gate stays this long after the last request left it: some are still on their way.
 const LINGER: Duration = Duration::from_millis(50);
 
@@ -50,6 +55,9 @@ pub struct Report {
     /// The whole command.
     pub total_ms: f64,
     pub verified: u32,
+    /// Requests of the old slot that were closed, for their answers were not out in time.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub cut: Vec<Remaining>,
     /// What became of the sessions of the old slot, by TCP port and by long-lived path.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub sessions: Vec<sessions::Moved>,
@@ -59,6 +67,8 @@ pub struct Report {
 pub struct Request<'a> {
     pub verb: &'a str,
     pub reason: &'a str,
+    /// Close what is left of the old slot when the time to drain is over.
+    pub cut: bool,
 }
 
 /// Moves all traffic of a service to `to`. Call it while holding the lock.
@@ -86,6 +96,7 @@ pub async fn run(
         hold_ms: 0.0,
         total_ms: 0.0,
         verified: 0,
+        cut: Vec::new(),
         sessions: Vec::new(),
     };
     if from == to {
@@ -107,8 +118,8 @@ pub async fn run(
     let begun = jiff::Timestamp::now();
     let change = |numbers| Change { begun, numbers, ..Change::default() };
     let gate = Gate::open(name)?;
-    let result = hold_and_flip(service, &gate, from, to).await;
-    let Moved { hold, mut on_disk } = match result {
+    let result = hold_and_flip(service, &gate, from, to, request.cut).await;
+    let Moved { hold, cut, mut on_disk } = match result {
         Ok(moved) => moved,
         Err(e) => {
             let written = audit::write(event(FAILED, e.what.clone()))?;
@@ -117,6 +128,7 @@ pub async fn run(
             return Err(e);
         }
     };
+    report.cut = cut;
     // Before the flip is written down: whoever finds it unwritten closes what is to be closed.
     report.sessions = sessions::leave(service, from).await;
     failpoint::reach("switch:cut");
@@ -126,6 +138,7 @@ pub async fn run(
     let verified = verify(service, to).await;
     linger(&gate).await;
     let detail: Vec<String> = std::iter::once(held_text(&gate))
+        .chain(report.cut.iter().map(|one| format!("cut {one}")))
         .chain(report.sessions.iter().filter_map(|m| m.text(from)))
         .chain(on_disk.as_ref().err().map(|e| e.what.clone()))
         .collect();
@@ -261,73 +274,135 @@ async fn check_standby(installed: &Installed, service: &Service, to: Slot) -> Re
 struct Moved {
     /// How long requests were held.
     hold: Duration,
+    /// What was closed for it.
+    cut: Vec<Remaining>,
     /// Whether it outlives a power cut.
     on_disk: Result<()>,
 }
 
 /// Holds new requests, waits until the old answers are out, flips, releases. On any trouble before the
 /// flip all go to the old slot and nothing has changed: only that is an error.
-async fn hold_and_flip(service: &Service, gate: &Gate, from: Slot, to: Slot) -> Result<Moved> {
+async fn hold_and_flip(service: &Service, gate: &Gate, from: Slot, to: Slot, cut: bool) -> Result<Moved> {
     let name = &service.name;
     let mut status = Status::open(name).await?;
     status.read().await?;
-    let mut in_flight = InFlight::new(service).await;
+    let in_flight = InFlight::new(service).await;
     let start = Instant::now();
     pointer::swap(name, Pointer::Held(from))?;
     failpoint::reach("switch:held");
-    let flipped = match drain(service, gate, &mut status, &mut in_flight, start).await {
-        Ok(()) => pointer::swap(name, Pointer::Active(to)),
+    let mut drain = Drain { service, gate, status, in_flight, start };
+    let flipped = match drain.run(cut).await {
+        Ok(cut) => pointer::swap(name, Pointer::Active(to)).map(|()| cut),
         Err(e) => Err(e),
     };
-    if let Err(e) = flipped {
-        let back = pointer::swap(name, Pointer::Active(from));
-        gate.release(from);
-        back?;
-        fs::sync_dir(&paths::service(name))?;
-        return Err(e);
-    }
+    let cut = match flipped {
+        Ok(cut) => cut,
+        Err(e) => {
+            let back = pointer::swap(name, Pointer::Active(from));
+            gate.release(from);
+            back?;
+            fs::sync_dir(&paths::service(name))?;
+            return Err(e);
+        }
+    };
     failpoint::reach("switch:flipped");
     // On disk before any client sees the new version: a power cut must not bring the old one back.
     let on_disk = fs::sync_dir(&paths::service(name));
     gate.release(to);
     failpoint::reach("switch:released");
-    Ok(Moved { hold: start.elapsed(), on_disk })
+    Ok(Moved { hold: start.elapsed(), cut, on_disk })
 }
 
-async fn drain(
-    service: &Service,
-    gate: &Gate,
-    status: &mut Status,
-    in_flight: &mut InFlight,
+/// Waits for answers of the old slot while new requests are held.
+struct Drain<'a> {
+    service: &'a Service,
+    gate: &'a Gate,
+    status: Status,
+    in_flight: InFlight,
     start: Instant,
-) -> Result<()> {
-    let limit = Duration::from_millis(service.drain_ms.into());
-    loop {
-        // In this order, and only those that were there before nginx counted: one that arrives between
-        // the two looks must not hide an old request. The status request counts itself.
-        let arrived = gate.arrived();
-        let old = status.read().await?.writing.saturating_sub(gate.waiting_of(arrived) as u64 + 1);
-        let old = old - in_flight.of(old);
-        if old == 0 {
-            return Ok(());
+}
+
+impl Drain<'_> {
+    /// Until all are out. Returns what was closed for it.
+    async fn run(&mut self, cut: bool) -> Result<Vec<Remaining>> {
+        let limit = Duration::from_millis(self.service.drain_ms.into());
+        match (self.wait(self.start + limit).await?, cut) {
+            (0, _) => Ok(Vec::new()),
+            (_, true) => self.cut().await,
+            (old, false) => {
+                let left = self.find(Which::Requests).await;
+                Err(self.not_drained(old, left))
+            }
         }
-        if start.elapsed() > limit {
-            let what = format!(
-                "{}: {old} requests of the old slot had no answer after {} ms; all went on to it, nothing changed",
-                service.name, service.drain_ms
-            );
-            return Err(match &in_flight.trouble {
-                None => Code::NotDrained
-                    .err(what)
-                    .cure("try again at a quieter moment, or with more time: --drain 10s"),
-                Some(why) => Code::NotDrained
-                    .err(format!(
-                        "{what}; long-lived ones are among them, for they cannot be told apart: {why}"
-                    ))
-                    .cure("try again when none is open, or `modprobe unix_diag` and try again"),
-            });
+    }
+
+    /// Requests of the old slot that have no answer yet, 0 as soon as that is so.
+    async fn wait(&mut self, until: Instant) -> Result<u64> {
+        loop {
+            // In this order, and only those that were there before nginx counted: one that arrives between
+            // the two looks must not hide an old request. The status request counts itself.
+            let arrived = self.gate.arrived();
+            let counted = self.status.read().await?.writing;
+            let old = counted.saturating_sub(self.gate.waiting_of(arrived) as u64 + 1);
+            let old = old - self.in_flight.of(old);
+            if old == 0 || Instant::now() > until {
+                return Ok(old);
+            }
+            tokio::time::sleep(POLL).await;
         }
-        tokio::time::sleep(POLL).await;
+    }
+
+    async fn find(&self, which: Which) -> Result<Vec<Remaining>> {
+        remaining::find(self.service, self.gate, self.start, which).await
+    }
+
+    /// Closes requests that have no answer; then, where nginx's count says that some are left, every connection from
+    /// before the hold. In bounded time: when none of these is open, there is nobody whom the old slot could answer.
+    async fn cut(&mut self) -> Result<Vec<Remaining>> {
+        let mut cut = BTreeMap::new();
+        for which in [Which::Requests, Which::Connections] {
+            let begun = Instant::now();
+            while begun.elapsed() < CUT {
+                let found = match (self.find(which).await, which) {
+                    (Err(_), Which::Requests) => break,
+                    (found, _) => found?,
+                };
+                nginx::hang_up_on(&found.iter().map(|one| one.inode).collect())?;
+                let none = found.is_empty();
+                cut.extend(found.into_iter().map(|one| (one.inode, one)));
+                if self.wait(Instant::now() + CLOSED).await? == 0 {
+                    return Ok(cut.into_values().collect());
+                }
+                if none {
+                    break;
+                }
+            }
+        }
+        match self.find(Which::Connections).await? {
+            none if none.is_empty() => Ok(cut.into_values().collect()),
+            left => Err(self.not_drained(left.len() as u64, Ok(left))),
+        }
+    }
+
+    fn not_drained(&self, old: u64, left: Result<Vec<Remaining>>) -> Error {
+        let (name, waited) = (&self.service.name, self.service.drain_ms);
+        let named = match &left {
+            Ok(left) => remaining::list(left),
+            Err(e) => format!("\n  whose they are is not known: {}", e.what),
+        };
+        let what = format!(
+            "{name}: {old} requests of the old slot had no answer after {waited} ms; all went on to it, nothing changed"
+        );
+        match &self.in_flight.trouble {
+            None => Code::NotDrained.err(format!("{what}{named}")).cure(
+                "try again at a quieter moment, or with more time: --drain 10s, or close what is left then: --cut",
+            ),
+            Some(why) => Code::NotDrained
+                .err(format!(
+                    "{what}; long-lived ones are among them, for they cannot be told apart: {why}{named}"
+                ))
+                .cure("try again when none is open, or `modprobe unix_diag` and try again"),
+        }
     }
 }
 
