@@ -6,6 +6,7 @@ mod host;
 // They start in the order of their names: what takes longest comes first, so that no core waits for it in the end.
 mod another_bundle;
 mod attacks_rootfs;
+mod attacks_gate;
 mod backup;
 mod bad_hosts;
 mod crash;
