@@ -617,7 +617,10 @@ fn the_key_pair_for_backups() {
     let both = site.zd(&["keygen", "--backup", "--password"]);
     assert!(both.code == Some(2) && both.stderr.contains("--password"), "{both:#?}");
     // A backup is read and refused before anything is asked of the host.
-    let restore = |file: &str, key: &str| site.zd(&["restore", file, "--identity", key]);
+    site.zd(&["keygen", "--out", "host"]).good();
+    site.zd(&["restore", "none", "--identity", "zd-backup.key"]).refused(USAGE, &["do: ", "--host-key"]);
+    let restore =
+        |file: &str, key: &str| site.zd(&["restore", file, "--identity", key, "--host-key", "host.pub"]);
     restore("none", "zd-backup.pub").refused(USAGE, &["no secret key of backups", "zd keygen --backup"]);
     restore("none", "zd-backup.key").refused(IO, &["none"]);
     site.write("empty", b"");

@@ -24,6 +24,7 @@ const VERBS: [&str; 27] = [
     "rollback",
     "scale",
     "secrets",
+    "trust",
     "backup",
     "restore",
     "repair",

@@ -16,6 +16,10 @@ use crate::service::state::State;
 
 /// Name of the index in the tar.
 pub const INDEX: &str = "zd-backup.json";
+/// The host's signature over the index, right behind it.
+pub const SIGNATURE: &str = "zd-backup.json.minisig";
+/// 1 is of backups that were not signed.
+pub const SCHEMA: u32 = 2;
 /// Member that holds the lock of the installed bundle.
 pub const LOCK: &str = "zd-lock.json";
 /// Largest index that is read, and all files but blobs together.
@@ -98,9 +102,9 @@ impl Index {
         let unreadable = |e| bad(format!("{INDEX} cannot be read: {e}"));
         // First: a newer schema has keys that this zd does not know.
         let Form { schema } = serde_json::from_slice(bytes).map_err(unreadable)?;
-        if schema != 1 {
+        if !(1..=SCHEMA).contains(&schema) {
             return Err(Code::Bundle
-                .err(format!("the backup has schema {schema}, this zd reads schema 1"))
+                .err(format!("the backup has schema {schema}, this zd reads up to {SCHEMA}"))
                 .cure("use the zd of the bundle that was installed when it was made, or a newer one"));
         }
         let index: Index = serde_json::from_slice(bytes).map_err(unreadable)?;
@@ -121,6 +125,11 @@ impl Index {
             return Err(bad("the sizes in it cannot be right".into()));
         }
         Ok(index)
+    }
+
+    /// What the signature says beside the index, so that nothing else that the host signs passes for one.
+    pub fn signed_as(&self) -> String {
+        format!("backup of {}, taken {}", self.host.node(), self.at)
     }
 
     pub fn entry(&self, path: &str) -> Option<&Entry> {
@@ -171,7 +180,7 @@ mod tests {
         assert_eq!(index.entry("etc/zd/registry/tls.key").unwrap().owner.as_deref(), Some("zd-registry"));
         let text = String::from_utf8(bytes.to_vec()).unwrap();
         for (from, to, says) in [
-            ("\"schema\": 1,\n  \"at\"", "\"schema\": 2,\n  \"at\"", "schema 2"),
+            ("\"schema\": 1,\n  \"at\"", "\"schema\": 3,\n  \"at\"", "schema 3"),
             ("etc/zd/registry/tls.key", "etc/shadow", "is no place"),
             ("consul.snap", "zd-lock.json", "listed twice"),
             ("\"mode\": 384,\n      \"owner\"", "\"mode\": 2541,\n      \"owner\"", "none of a plain file"),

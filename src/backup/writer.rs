@@ -12,9 +12,10 @@ use jiff::Timestamp;
 use reqwest::Response;
 use sha2::{Digest as _, Sha256};
 
-use super::index::{INDEX, Index};
+use super::index::{INDEX, Index, SIGNATURE};
 use super::key::Recipient;
 use crate::bundle::hashing::Hashing;
+use crate::bundle::signature::{OF_HOST, Signer};
 use crate::bundle::sources::url::chain;
 use crate::error::{At, Code, OrCode, Result};
 use crate::host::fs as hostfs;
@@ -42,8 +43,14 @@ pub struct Written {
 }
 
 impl Writer {
-    /// Begins with the index.
-    pub fn begin(folder: &Path, name: &str, recipient: &Recipient, index: &Index) -> Result<Self> {
+    /// Begins with the index and its signature.
+    pub fn begin(
+        folder: &Path,
+        name: &str,
+        recipient: &Recipient,
+        signer: &Signer,
+        index: &Index,
+    ) -> Result<Self> {
         let path = folder.join(name);
         let partial = partial(folder, index);
         hostfs::remove_file(&partial)?;
@@ -55,9 +62,12 @@ impl Writer {
         let out = encryptor.wrap_output(hashed).at(&partial)?;
         let mut writer = Self { out, at: index.at, partial, path };
         let bytes = serde_json::to_vec_pretty(index).or_code(Code::Bug, "the index of a backup")?;
-        writer.header(INDEX, bytes.len() as u64)?;
-        writer.write(&bytes)?;
-        writer.pad(bytes.len() as u64)?;
+        let signature = signer.sign(&bytes, OF_HOST, &index.signed_as());
+        for (name, bytes) in [(INDEX, bytes), (SIGNATURE, signature.into_bytes())] {
+            writer.header(name, bytes.len() as u64)?;
+            writer.write(&bytes)?;
+            writer.pad(bytes.len() as u64)?;
+        }
         Ok(writer)
     }
 

@@ -7,6 +7,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::manifest::{CONSUL_HTTPS, Engine, ImageRef, Packages, Product, STACK_PORTS, Service};
+use super::signature::Key;
 use super::target::Target;
 use crate::backup::Settings;
 use crate::error::{Code, Result};
@@ -45,6 +46,10 @@ pub struct Lock {
     /// Left out where there is none, as in locks from before there were backups.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub backup: Option<Settings>,
+    /// Keys that no host that takes this bundle is to trust any more. Left out where there is none, as in locks from
+    /// before there were revocations.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub revoked_keys: Vec<Key>,
     /// Every blob, once, in the order it stands in the bundle.
     pub blobs: Vec<Blob>,
 }

@@ -13,6 +13,7 @@ use crate::error::{Code, Error, Result};
 use crate::ids::{Digest, Name, Version};
 
 pub use super::service::{CAPABILITIES, Door, Inlet, LongLived, Service, Sessions, Tcp};
+use super::signature::Key;
 use super::target::Target;
 use super::versions;
 
@@ -54,6 +55,9 @@ pub struct Manifest {
     pub services: Vec<Service>,
     /// How hosts are backed up, unless one is told otherwise there.
     pub backup: Option<Settings>,
+    /// Public keys, as a line of their .pub files, that no host is to trust any more.
+    #[serde(default)]
+    pub revoked_keys: Vec<Key>,
 }
 
 /// Who runs the containers.

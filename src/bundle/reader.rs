@@ -49,6 +49,11 @@ impl Bundle {
         let key = signature::verify(&lock_bytes, &signature, trusted)?.clone();
 
         let lock = Lock::parse(&lock_bytes)?;
+        if lock.revoked_keys.contains(&key) {
+            return Err(Code::Signature
+                .err(format!("the bundle revokes the key {} that it is signed with", key.id()))
+                .cure("do not use this bundle; have it packed with another key"));
+        }
         if index != layout::index_json(&lock) {
             return Err(damaged("member index.json does not fit the lock"));
         }

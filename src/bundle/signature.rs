@@ -9,6 +9,7 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use blake2::{Blake2b512, Digest as _};
 use minisign::{KeyPair, PublicKey, SecretKeyBox, SignatureBox};
 use ring::signature::Ed25519KeyPair;
+use serde::{Deserialize, Serialize};
 
 use crate::error::{At, Code, OrCode, Result};
 use crate::ids::Digest;
@@ -16,13 +17,35 @@ use crate::ids::Digest;
 /// What a signature says it is of; no signature covers it, so nothing else may stand there.
 pub const OF_LOCK: &str = "signature of a zd bundle's lock";
 pub const OF_HOST: &str = "signature of a host that zd is installed on";
+pub const OF_SUCCESSOR: &str = "signature of a key that follows another";
 
 /// A public key and the text it came from.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct Key {
     key: PublicKey,
     /// The one line that names the key, as minisign's `-P` takes it.
     pub line: String,
+}
+
+/// By the key itself: an id is chosen by whoever makes the pair.
+impl PartialEq for Key {
+    fn eq(&self, other: &Self) -> bool {
+        self.key.to_bytes() == other.key.to_bytes()
+    }
+}
+
+impl TryFrom<String> for Key {
+    type Error = String;
+    fn try_from(line: String) -> Result<Self, String> {
+        Self::parse(&line).map_err(|e| e.what)
+    }
+}
+
+impl From<Key> for String {
+    fn from(key: Key) -> String {
+        key.line
+    }
 }
 
 impl Key {
@@ -39,6 +62,19 @@ impl Key {
     pub fn read(path: &Path) -> Result<Self> {
         let text = std::fs::read_to_string(path).at(path)?;
         Self::parse(&text).map_err(|e| e.during(path.display()))
+    }
+
+    /// As `flag` names it on the command line: a file, or the key's line.
+    pub fn given(flag: &str, text: &str) -> Result<Self> {
+        let path = Path::new(text);
+        if path.exists() {
+            return Self::read(path);
+        }
+        Self::parse(text).map_err(|_| {
+            Code::Signature
+                .err(format!("{flag} {text}: neither a file that is here nor a public key's line"))
+                .cure("give the .pub file of the key, or the line in it")
+        })
     }
 
     /// For people to compare: the SHA-256 of the key's bytes, in groups of four.
@@ -153,9 +189,15 @@ pub fn verify<'k>(bytes: &[u8], signature: &str, trusted: &'k [Key]) -> Result<&
                     "the bundle is signed with key {id}, which is not trusted here (trusted: {})",
                     if known.is_empty() { "none".into() } else { known.join(", ") }
                 ))
-                .cure("check with whoever packed it; a new key is trusted by `--key FILE` or a file in /etc/zd/trust/")
+                .cure("check with whoever packed it; an installed host trusts another key after `zd trust add FILE`, \
+                       before its first install by `--key FILE`")
         }
     })
+}
+
+/// What the signature covers beside the bytes.
+pub fn trusted_comment(signature: &str) -> Option<String> {
+    SignatureBox::from_string(signature).ok()?.trusted_comment().ok()
 }
 
 /// The one of `keys` that made `signature` over `bytes`, in the form that zd writes for what it is `of`.

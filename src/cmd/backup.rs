@@ -18,11 +18,12 @@ use crate::backup::writer::{self, Writer, Written};
 use crate::backup::{Settings, reader};
 use crate::bundle::lock::Image;
 use crate::bundle::manifest::{Engine, ImageRef};
+use crate::bundle::signature::{Key, Signer};
 use crate::error::{At, Code, Error, OrCode, Result};
 use crate::host::config::Installed;
 use crate::host::lock::HostLock;
 use crate::host::registry::Registry;
-use crate::host::{Host, consul, fs, generation, nomad, paths};
+use crate::host::{Host, consul, fs, generation, nomad, paths, signing};
 use crate::ids::Digest;
 use crate::plan::backup as planner;
 use crate::receipt;
@@ -74,6 +75,8 @@ pub struct Report {
     bytes: u64,
     digest: Digest,
     files: usize,
+    /// The key of this host, which has signed it.
+    host_key: Key,
     /// Images that no bundle has.
     images: Vec<ImageRef>,
     /// Backups that were too many.
@@ -162,11 +165,12 @@ fn text(r: &Report) -> String {
     let removed =
         if r.removed.is_empty() { String::new() } else { format!("; {} older removed", r.removed.len()) };
     format!(
-        "backup {} ({}, {} files{images}, {:.1} s{removed})",
+        "backup {} ({}, {} files{images}, {:.1} s{removed})\nsigned  by this host; a bare host takes it with --host-key {}",
         r.file.display(),
         bytesize::ByteSize(r.bytes),
         r.files,
-        r.seconds
+        r.seconds,
+        r.host_key.line
     )
 }
 
@@ -183,9 +187,13 @@ fn check_folder(folder: &Path) -> Result<()> {
 pub async fn take(installed: &Installed, settings: &Settings, reason: &str, ui: &Ui) -> Result<Report> {
     let start = Instant::now();
     let bar = ui.wait("backup");
-    let written = write(installed, settings).await;
+    let written = async {
+        let signer = signing::required()?;
+        write(installed, settings, &signer).await.map(|(index, written)| (index, written, signer.key))
+    };
+    let written = written.await;
     bar.finish_and_clear();
-    let (index, written) = match written {
+    let (index, written, host_key) = match written {
         Ok(written) => written,
         Err(e) => {
             event("failed", reason, e.what.clone())?;
@@ -203,6 +211,7 @@ pub async fn take(installed: &Installed, settings: &Settings, reason: &str, ui: 
         bytes,
         digest,
         files: index.files.len(),
+        host_key,
         images: index.images.into_iter().map(|image| image.reference).collect(),
         removed,
         seconds: start.elapsed().as_secs_f64(),
@@ -219,7 +228,7 @@ pub fn last() -> Result<Option<Last>> {
     Ok(serde_json::from_slice(&bytes).ok())
 }
 
-async fn write(installed: &Installed, settings: &Settings) -> Result<(Index, Written)> {
+async fn write(installed: &Installed, settings: &Settings, signer: &Signer) -> Result<(Index, Written)> {
     check_folder(&settings.to)?;
     if !settings.to.is_dir() {
         fs::make_dir(&settings.to, 0o700, None)?;
@@ -238,7 +247,7 @@ async fn write(installed: &Installed, settings: &Settings) -> Result<(Index, Wri
     let registry = Registry::connect(&installed.host).await?;
     let (images, blobs) = images(installed, &registry).await?;
     let index = Index {
-        schema: 1,
+        schema: index::SCHEMA,
         at: Timestamp::now(),
         by: audit::actor(),
         zd: env!("CARGO_PKG_VERSION").into(),
@@ -251,7 +260,7 @@ async fn write(installed: &Installed, settings: &Settings) -> Result<(Index, Wri
         images,
         blobs: blobs.iter().map(|(blob, _)| blob.clone()).collect(),
     };
-    let written = write_members(settings, &index, &made, &blobs, &registry).await;
+    let written = write_members(settings, signer, &index, &made, &blobs, &registry).await;
     if written.is_err() {
         // A full disk shall not stay full.
         fs::remove_file(&writer::partial(&settings.to, &index))?;
@@ -261,13 +270,14 @@ async fn write(installed: &Installed, settings: &Settings) -> Result<(Index, Wri
 
 async fn write_members(
     settings: &Settings,
+    signer: &Signer,
     index: &Index,
     made: &[(&str, Vec<u8>)],
     blobs: &[(Blob, usize)],
     registry: &Registry,
 ) -> Result<Written> {
     let name = format!("zd-{}-{}{SUFFIX}", index.host.node(), index.at.strftime("%Y%m%dT%H%M%SZ"));
-    let mut writer = Writer::begin(&settings.to, &name, &settings.recipient, index)?;
+    let mut writer = Writer::begin(&settings.to, &name, &settings.recipient, signer, index)?;
     for entry in &index.files {
         match made.iter().find(|(name, _)| *name == entry.path) {
             Some((_, bytes)) => writer.member(&entry.path, &entry.digest, entry.size, bytes.as_slice())?,

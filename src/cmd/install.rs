@@ -13,12 +13,12 @@ use crate::apply;
 use crate::audit::{self, Event};
 use crate::backup::Settings;
 use crate::bundle::manifest::REGISTRY_PORT;
-use crate::bundle::signature::Key;
 use crate::bundle::{Bundle, Lock};
 use crate::error::{Code, OrCode, Result};
 use crate::facts::{self, Facts};
 use crate::host::config::{HostConfig, Installed};
 use crate::host::lock::HostLock;
+use crate::host::trust::Trust;
 use crate::host::{Host, paths, signing};
 use crate::ids::{Digest, Name};
 use crate::plan::preflight::{self, Finding};
@@ -69,7 +69,7 @@ struct Report {
 pub async fn run(args: Args, ui: &Ui) -> Result<()> {
     let start = Instant::now();
     asked_ip(&args.ip)?;
-    let (bundle, trust) = args.bundle.open()?;
+    let (bundle, trust) = args.bundle.open_for_host()?;
     check_target(&bundle, &facts::target()?)?;
     if trust == super::verify::Trust::FirstUse {
         ui.warn(format!(
@@ -96,7 +96,7 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
     let open_firewall = facts.firewall.filter(|_| args.open_firewall);
     let inputs = planner::Inputs {
         installed: &installed,
-        key: &bundle.key,
+        pin: Trust::read()?.keys().is_empty().then_some(&bundle.key),
         lock_bytes: planner::lock_text(&bundle.lock)?,
         foreign_docker,
         states: states(&bundle.lock)?,
@@ -138,6 +138,7 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
             ..Event::default()
         })?;
     }
+    Trust::learn(&bundle.lock)?;
     cluster::tell_all(&installed, ui).await?;
     let report = Report {
         bundle: bundle.lock.title(),
@@ -342,14 +343,6 @@ fn free_subnet(facts: &Facts) -> Result<String> {
             .err("every network zd would take for containers overlaps a route of this host")
             .cure("name one that is free in this plant: --subnet A.B (a /16)")
     })
-}
-
-/// The key that is pinned on this host, or comes to be with the bundle.
-pub fn key_of_this_host(bundle: Option<&Bundle>) -> Result<Key> {
-    match bundle {
-        Some(bundle) => Ok(bundle.key.clone()),
-        None => Key::read(&Path::new(paths::TRUST).join("first.pub")),
-    }
 }
 
 /// What is worth knowing of a host, and no reason to stop.

@@ -8,8 +8,9 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use crate::backup::key;
-use crate::bundle::signature;
+use crate::bundle::signature::{self, OF_SUCCESSOR, Signer};
 use crate::error::{At, Code, Result};
+use crate::host::trust::succession;
 use crate::ui::Ui;
 
 /// Make the key pair that signs bundles, or the one for backups
@@ -17,6 +18,7 @@ use crate::ui::Ui;
 #[command(
     after_help = "Examples:\n  zd keygen                 zd.key (keep it) and zd.pub (give it away) here\n  \
                         zd keygen --out keys/site --password\n  \
+                        zd keygen --out zd-2 --follows zd.key     the next pair, and zd-2.pub.minisig by the one before\n  \
                         zd keygen --backup        zd-backup.key (keep it away from every host) and zd-backup.pub"
 )]
 pub struct Args {
@@ -26,6 +28,10 @@ pub struct Args {
     /// The pair for backups: hosts encrypt to the public key, `zd restore` opens with the secret one (age, x25519)
     #[arg(long, conflicts_with = "password")]
     backup: bool,
+    /// The pair that comes after this secret key, which signs the new public key: hosts that trust the one before take it
+    /// with `zd trust rotate`
+    #[arg(long, value_name = "FILE", conflicts_with = "backup")]
+    follows: Option<PathBuf>,
     /// Protect the secret key with a password (asked for, or $ZD_KEY_PASSWORD)
     #[arg(long)]
     password: bool,
@@ -50,7 +56,8 @@ pub fn run(args: Args, ui: &Ui) -> Result<()> {
     let out = args.out.unwrap_or_else(|| if args.backup { "zd-backup" } else { "zd" }.into());
     let (secret, public) = (with_suffix(&out, ".key"), with_suffix(&out, ".pub"));
     // Both before either: a secret key without its public one is of no use.
-    for path in [&secret, &public] {
+    let signed = with_suffix(&public, ".minisig");
+    for path in [&secret, &public].into_iter().chain(args.follows.is_some().then_some(&signed)) {
         if path.exists() {
             return Err(taken(path));
         }
@@ -58,10 +65,16 @@ pub fn run(args: Args, ui: &Ui) -> Result<()> {
     if args.backup {
         return backup_pair(secret, public, ui);
     }
+    let before =
+        args.follows.as_deref().map(|path| Signer::read(path, || ask_password(false))).transpose()?;
     let password = if args.password { Some(ask_password(true)?) } else { None };
     let (secret_text, key) = signature::generate(password)?;
     create(&secret, &secret_text, 0o600)?;
     create(&public, &key.file_text(), 0o644)?;
+    if let Some(before) = before {
+        let said = succession(&key, &before.key);
+        create(&signed, &before.sign(key.file_text().as_bytes(), OF_SUCCESSOR, &said), 0o644)?;
+    }
     let report = Report { secret, public, key: key.line.clone(), fingerprint: key.fingerprint() };
     ui.report(&report, |r| {
         format!(

@@ -27,6 +27,7 @@ pub mod settle;
 pub mod status;
 pub mod support;
 pub mod switch;
+pub mod trust;
 pub mod undo;
 pub mod uninstall;
 pub mod upgrade;
@@ -78,6 +79,7 @@ pub enum Command {
     Rollback(rollback::Args),
     Scale(scale::Args),
     Secrets(secrets::Args),
+    Trust(trust::Args),
     Backup(backup::Args),
     Restore(restore::Args),
     Repair(repair::Args),
@@ -136,6 +138,7 @@ pub async fn run(command: Command, ui: &Ui) -> Result<()> {
         Command::Rollback(args) => rollback::run(args, ui).await,
         Command::Scale(args) => scale::run(args, ui).await,
         Command::Secrets(args) => secrets::run(args, ui).await,
+        Command::Trust(args) => trust::run(args, ui),
         Command::Backup(args) => backup::run(args, ui).await,
         Command::Restore(args) => restore::run(args, ui).await,
         Command::Repair(args) => repair::run(args, ui).await,

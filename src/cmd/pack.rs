@@ -70,6 +70,11 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
             Code::Io if !args.key.exists() => e.cure("make one with `zd keygen`, or name it with --key"),
             _ => e,
         })?;
+    if manifest.revoked_keys.contains(&signer.key) {
+        return Err(Code::Manifest
+            .err(format!("revoked-keys has the key {} that would sign the bundle", signer.key.id()))
+            .cure("sign with the key that comes after it: --key FILE"));
+    }
     let folder = args.out.unwrap_or_else(|| format!("{}-{}", manifest.name, manifest.version).into());
 
     let cache = Cache::open()?;
@@ -111,6 +116,7 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
         releases,
         services: manifest.services,
         backup: manifest.backup,
+        revoked_keys: manifest.revoked_keys,
         blobs: blob_list,
     };
     fs::create_dir_all(&folder).at(&folder)?;

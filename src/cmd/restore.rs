@@ -23,28 +23,28 @@ use crate::facts::{self, Facts};
 use crate::host::config::{HostConfig, Installed};
 use crate::host::docker::Docker;
 use crate::host::lock::HostLock;
-use crate::host::{Host, fs, generation, paths};
+use crate::host::trust::{self, Trust};
+use crate::host::{Host, fs, generation, paths, signing};
 use crate::ids::{Digest, Name, Slot, Version};
 use crate::plan::Plan;
 use crate::plan::install::{self, Inputs};
 use crate::plan::preflight::{self, Finding};
 use crate::plan::restore::{self as planner, Present, Serving};
-use crate::receipt;
+use crate::receipt::{self, Receipt};
 use crate::service::state::State;
 use crate::service::{cluster, pointer};
 use crate::ui::Ui;
 
-/// The key that the first install pinned.
-const FIRST_KEY: &str = "first.pub";
 /// Where secrets are, beneath /etc/zd; beside them the private parts of configurations.
 const SECRETS: [&str; 3] = ["tls", "registry", "secrets"];
 
 /// Put a backup back: onto the same host, which serves on, or onto a bare one from the stick of its bundle
 #[derive(clap::Args)]
 #[command(
-    after_help = "Examples:\n  sudo ./zd restore /media/stick/zd-node-10-4-0-17-20260101T020000Z.tar.age --identity zd-backup.key\n  \
+    after_help = "Examples:\n  sudo zd restore /media/stick/zd-node-10-4-0-17-20260101T020000Z.tar.age --identity zd-backup.key\n  \
+                        sudo ./zd restore FILE --identity zd-backup.key --host-key host.pub    onto a bare host\n  \
                         zd restore FILE --identity zd-backup.key --dry-run\n\n\
-                        A bare host needs the address that the backup is of, and the bundle that was installed beside zd."
+                        A bare host needs the address that the backup is of, the key of the host that made it, and the bundle that was installed beside zd."
 )]
 pub struct Args {
     /// The backup
@@ -52,6 +52,10 @@ pub struct Args {
     /// Secret key of backups, as `zd keygen --backup` wrote it
     #[arg(long, value_name = "FILE")]
     identity: PathBuf,
+    /// For a bare host: the key of the host that made the backup, its host.pub or the line in it. An installed host
+    /// knows its own
+    #[arg(long, value_name = "FILE|KEY")]
+    host_key: Option<String>,
     /// For a bare host: the bundle that was installed, its file or folder; the one beside zd where not given
     #[arg(long, value_name = "PATH")]
     bundle: Option<PathBuf>,
@@ -67,6 +71,9 @@ struct Report {
     backup: PathBuf,
     /// When it was taken.
     at: Timestamp,
+    /// By whom, and the key of the host that signed it.
+    by: String,
+    signed_by: String,
     /// Nothing was installed here before.
     bare: bool,
     ip: Ipv4Addr,
@@ -88,18 +95,32 @@ struct Restored {
 pub async fn run(args: Args, ui: &Ui) -> Result<()> {
     let start = Instant::now();
     let identity = key::read_identity(&args.identity)?;
+    let signers = signers(&args, is_bare())?;
     let size = std::fs::metadata(&args.file).at(&args.file)?.len();
     let bar = ui.bytes("check the backup", size);
-    let opened = Backup::open(&args.file, identity, |n| bar.inc(n));
+    let opened = Backup::open(&args.file, identity, &signers, |n| bar.inc(n));
     bar.finish_and_clear();
     let backup = opened?;
     let index = &backup.index;
-    ui.done(format!("backup of {} ({}), taken {}, is whole", index.hostname, index.host.ip, index.at));
+    ui.done(format!(
+        "backup of {} ({}), taken {} by {}, is whole and signed with the host's key {}",
+        index.hostname,
+        index.host.ip,
+        index.at,
+        index.by,
+        backup.signed_by.id()
+    ));
     let _lock = if args.change.dry_run { None } else { Some(HostLock::take("restore", ui)?) };
-    receipt::resumed(|header| header.is("restore", &index.host.bundle))?;
-    let bare = !Path::new(paths::CURRENT).exists();
-    let summary =
-        if bare { onto_bare(&args, &backup, ui).await? } else { onto_same(&args, &backup, ui).await? };
+    let resumed = receipt::resumed(|header| header.is("restore", &index.host.bundle))?;
+    let bare = is_bare();
+    // Keys of its own that a host trusts stay. Half of those that this very restore brings are not its own.
+    let brought =
+        |r: &Receipt| r.steps.iter().any(|s| s.step.starts_with(install::TRUSTED_KEYS) && !s.undone);
+    let trusts = !Trust::read()?.keys().is_empty() && !resumed.is_some_and(|r| brought(&r));
+    let summary = match bare {
+        true => onto_bare(&args, &backup, trusts, ui).await?,
+        false => onto_same(&args, &backup, trusts, ui).await?,
+    };
     let Some(summary) = summary else { return Ok(()) };
     let installed = Installed::require()?;
     cluster::tell_all(&installed, ui).await?;
@@ -111,6 +132,8 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
     let report = Report {
         backup: args.file,
         at: index.at,
+        by: index.by.clone(),
+        signed_by: backup.signed_by.id(),
         bare,
         ip: index.host.ip,
         bundle: index.bundle.clone(),
@@ -133,14 +156,17 @@ fn text(r: &Report) -> String {
         format!("\n{}  {}, {} is active", s.name, slots.join(", "), s.active)
     });
     format!(
-        "{} on {} is as it was at {} ({:.1} s, {} steps done, {} found){}\nnext  zd status",
+        "{} on {} is as it was at {} ({:.1} s, {} steps done, {} found){}\n\
+         backup  taken by {}, signed with the host's key {}\nnext    zd status",
         r.bundle,
         r.ip,
         r.at,
         r.seconds,
         r.changed,
         r.same,
-        services.collect::<String>()
+        services.collect::<String>(),
+        r.by,
+        r.signed_by
     )
 }
 
@@ -148,12 +174,43 @@ fn states(backup: &Backup) -> BTreeMap<Name, State> {
     backup.index.services.iter().map(|s| (s.name.clone(), s.state.clone())).collect()
 }
 
-/// The key that the host of the backup trusted. Whoever has the backup's secret key has it from there.
-fn trusted(backup: &Backup) -> Result<Key> {
-    let path = Path::new(paths::TRUST).join(FIRST_KEY);
-    let text = backup.file(&path).and_then(|bytes| std::str::from_utf8(bytes).ok());
-    let missing = || Code::Bundle.err(format!("the backup has no {}", path.display()));
-    Key::parse(text.ok_or_else(missing)?)
+fn is_bare() -> bool {
+    !Path::new(paths::CURRENT).exists()
+}
+
+/// Keys that may have signed the backup. Anybody can encrypt one to the public key, so a host takes none but its own;
+/// a bare one knows none, and what lies beside or in the backup proves nothing.
+fn signers(args: &Args, bare: bool) -> Result<Vec<Key>> {
+    let named = args.host_key.as_deref().map(|text| Key::given("--host-key", text)).transpose()?;
+    let own = if bare { Vec::new() } else { signing::keys() };
+    match named {
+        None if own.is_empty() => Err(Code::Usage
+            .err("nothing on this host says which host's backups it may take")
+            .cure(format!(
+                "name the key of the host that was backed up, as it was taken from its {} or as its `zd backup` said: \
+                 --host-key FILE|KEY",
+                paths::SIGNING_PUB
+            ))),
+        None => Ok(own),
+        Some(named) if own.is_empty() || own.contains(&named) => Ok(vec![named]),
+        Some(named) => Err(Code::Signature
+            .err(format!("--host-key: {} is no key that this host has or had; nothing was changed", named.id()))
+            .cure("leave it away: an installed host takes its own backups, and only those")),
+    }
+}
+
+/// Keys that may have signed the bundle of the backup. Its digest stands in the backup, so one that is revoked by now
+/// does as well.
+fn trusted(backup: &Backup) -> Result<Vec<Key>> {
+    let of = |entry: &crate::backup::index::Entry| Some((entry.place(), backup.member(&entry.path)?));
+    let files: Vec<_> = backup.index.beneath(Path::new(paths::TRUST)).filter_map(of).collect();
+    let keys = trust::of_backup(files.iter().map(|(path, bytes)| (path.as_path(), *bytes)))?;
+    match keys.is_empty() {
+        false => Ok(keys),
+        true => Err(Code::Bundle
+            .err(format!("the backup has no keys of {}", paths::TRUST))
+            .cure("take an earlier backup")),
+    }
 }
 
 /// How the host was backed up.
@@ -165,14 +222,13 @@ fn settings(backup: &Backup) -> Result<Option<Settings>> {
 }
 
 /// An install whose secrets, state, pointers and records are those of the backup.
-async fn onto_bare(args: &Args, backup: &Backup, ui: &Ui) -> Result<Option<Summary>> {
-    let key = trusted(backup)?;
-    let asked = BundleArgs { bundle: args.bundle.clone(), key: Some(key.line.clone()) };
-    let (bundle, _) = asked.open().map_err(|e| needs_bundle(backup, e))?;
+async fn onto_bare(args: &Args, backup: &Backup, trusts: bool, ui: &Ui) -> Result<Option<Summary>> {
+    let asked = BundleArgs { bundle: args.bundle.clone(), key: None };
+    let bundle = asked.open_with(&trusted(backup)?).map_err(|e| needs_bundle(backup, e))?;
     check_bundle(backup, &bundle)?;
     check_target(&bundle, &facts::target()?)?;
     verify_blobs(&bundle, ui)?;
-    ui.done(format!("{} is whole and signed with the key that the host trusted", bundle.lock.title()));
+    ui.done(format!("{} is whole and signed with a key that the host trusted", bundle.lock.title()));
     let facts = Facts::gather().await?;
     let installed = backup.installed();
     let ip = installed.host.ip;
@@ -193,7 +249,7 @@ async fn onto_bare(args: &Args, backup: &Backup, ui: &Ui) -> Result<Option<Summa
     tell_notes(&findings, ui);
     let plan = install::plan(&Inputs {
         installed: &installed,
-        key: &bundle.key,
+        pin: (!trusts).then_some(&bundle.key),
         lock_bytes: install::lock_text(&bundle.lock)?,
         foreign_docker,
         states: states(backup),
@@ -242,16 +298,17 @@ fn check_bundle(backup: &Backup, bundle: &Bundle) -> Result<()> {
 }
 
 /// Back to what the backup says, with the services at work.
-async fn onto_same(args: &Args, backup: &Backup, ui: &Ui) -> Result<Option<Summary>> {
+async fn onto_same(args: &Args, backup: &Backup, trusts: bool, ui: &Ui) -> Result<Option<Summary>> {
     let index = &backup.index;
     check_same(backup)?;
     let installed = backup.installed();
     let present = present(backup, &installed).await?;
+    let trusted = trusted(backup)?;
     let host = Host { backup: Some(backup), ..Host::new(ui) };
     let facts = Facts::gather().await?;
     let inputs = Inputs {
         installed: &installed,
-        key: &trusted(backup)?,
+        pin: trusted.first().filter(|_| !trusts),
         lock_bytes: text_of(backup)?,
         foreign_docker: foreign_docker(&facts)?,
         states: states(backup),
@@ -371,7 +428,9 @@ async fn preview(plan: &Plan, host: &Host<'_>, ui: &Ui) -> Result<()> {
 
 /// Records how it went.
 async fn finish(args: &Args, backup: &Backup, applied: Result<Summary>, ui: &Ui) -> Result<Summary> {
-    let of = format!("{} of {}, taken {}", args.file.display(), backup.index.host.ip, backup.index.at);
+    let (index, key) = (&backup.index, backup.signed_by.id());
+    let of =
+        format!("{} of {}, taken {}, signed with key {key}", args.file.display(), index.host.ip, index.at);
     let event = |outcome, detail| {
         let reason = args.change.reason.as_str();
         audit::append(Event { verb: "restore", outcome, reason, detail, ..Event::default() })

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use serde::Serialize;
 
-use super::install::{foreign_docker, key_of_this_host, states, tell_notes};
+use super::install::{foreign_docker, states, tell_notes};
 use super::verify::{BundleArgs, check_target, verify_blobs};
 use super::watched::{self, Seen, Told};
 use super::{ChangeArgs, lines};
@@ -22,6 +22,7 @@ use crate::host::config::{HostConfig, Installed};
 use crate::host::docker::Docker;
 use crate::host::firewall::{self, Firewall};
 use crate::host::lock::HostLock;
+use crate::host::trust::Trust;
 use crate::host::{Host, fs, generation, packages, paths};
 use crate::ids::{Digest, Name, Slot, Version};
 use crate::plan::install::Inputs;
@@ -45,6 +46,9 @@ pub struct Args {
     /// Switch each service to its new version when it is healthy in the standby slot
     #[arg(long)]
     switch: bool,
+    /// Take a bundle that was packed before one that was installed here already; wants --reason
+    #[arg(long)]
+    allow_older: bool,
     #[command(flatten)]
     change: ChangeArgs,
 }
@@ -96,11 +100,18 @@ struct Target<'a> {
     bundle: Option<&'a Bundle>,
     /// A run that was interrupted is gone on with.
     resumed: bool,
+    /// Also where a newer bundle was installed here already.
+    allow_older: bool,
 }
 
 pub async fn run(args: Args, ui: &Ui) -> Result<()> {
     let start = Instant::now();
-    let (bundle, _) = args.bundle.open()?;
+    if args.allow_older && args.change.reason.trim().is_empty() {
+        return Err(Code::Usage
+            .err("--allow-older without a reason")
+            .cure("say why, for the audit log: --reason TEXT"));
+    }
+    let (bundle, _) = args.bundle.open_for_host()?;
     check_target(&bundle, &facts::target()?)?;
     let _lock = if args.change.dry_run { None } else { Some(HostLock::take("upgrade", ui)?) };
     let resumed = receipt::resumed(|header| header.is("upgrade", &bundle.id))?.is_some();
@@ -127,8 +138,10 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
         lock_bytes: bundle.lock.to_bytes(),
         bundle: Some(&bundle),
         resumed,
+        allow_older: args.allow_older,
     };
     let Some(mut report) = carry_out(&from, &target, &args.change, ui, start).await? else { return Ok(()) };
+    Trust::learn(&bundle.lock)?;
     let switched = if args.switch { switch_all(&mut report, &args.change.reason, ui).await } else { Ok(()) };
     ui.report(&report, text);
     switched
@@ -162,7 +175,7 @@ pub async fn back_to(number: u32, change: &ChangeArgs, ui: &Ui) -> Result<()> {
     }
     let host = HostConfig { generation: number, bundle: id, ..from.host.clone() };
     let installed = Installed::new(host, lock)?;
-    let target = Target { verb: "rollback", installed, lock_bytes, bundle: None, resumed };
+    let target = Target { verb: "rollback", installed, lock_bytes, bundle: None, resumed, allow_older: true };
     if let Some(report) = carry_out(&from, &target, change, ui, start).await? {
         ui.report(&report, text);
     }
@@ -220,6 +233,15 @@ async fn carry_out(
         // A daemon that a killed run has just restarted does not know its tokens yet.
         findings.extend(preflight::stores(from).await?);
     }
+    let trust = Trust::read()?;
+    let newest = trust.newest().map_or(from.lock.created, |newest| newest.max(from.lock.created));
+    if let Some(older) = planner::older(newest, &installed.lock) {
+        match target.allow_older {
+            true if target.bundle.is_some() => ui.warn(format!("{}; allowed: {}", older.what, args.reason)),
+            true => {}
+            false => findings.push(older),
+        }
+    }
     findings.extend(planner::obstacles(&from.lock, &installed.lock, &packages));
     findings.extend(match target.bundle {
         Some(_) => planner::closes(&from.lock, &installed.lock),
@@ -237,7 +259,7 @@ async fn carry_out(
     let differences = planner::differences(&from.lock, &installed.lock, &packages);
     let inputs = Inputs {
         installed,
-        key: &key_of_this_host(target.bundle)?,
+        pin: target.bundle.map(|bundle| &bundle.key).filter(|_| trust.keys().is_empty()),
         lock_bytes: String::from_utf8(target.lock_bytes.clone())
             .or_code(Code::Bug, "the lock is not text")?,
         foreign_docker,

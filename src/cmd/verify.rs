@@ -9,7 +9,7 @@ use crate::bundle::Bundle;
 use crate::bundle::signature::Key;
 use crate::bundle::target::Target;
 use crate::error::{At, Code, Result};
-use crate::host::paths;
+use crate::host::trust;
 use crate::ids::Digest;
 use crate::ui::Ui;
 
@@ -27,7 +27,8 @@ pub struct Args {
 pub struct BundleArgs {
     /// The bundle: its file, or the folder that holds it; the one beside zd where not given
     pub bundle: Option<PathBuf>,
-    /// Public key to trust: a file, or the key's line. Else /etc/zd/trust/, else zd.pub beside the bundle
+    /// Public key to check with: a file, or the key's line. Else those that this host trusts (zd trust list), else
+    /// zd.pub beside the bundle. A host that trusts keys installs nothing that is signed with another
     #[arg(long, value_name = "FILE|KEY")]
     pub key: Option<String>,
 }
@@ -44,10 +45,25 @@ pub enum Trust {
 }
 
 impl BundleArgs {
+    /// To read it: `--key` may be any that is not revoked here.
     pub fn open(&self) -> Result<(Bundle, Trust)> {
         let path = self.path()?;
-        let (keys, trust) = self.keys(&path)?;
+        let (keys, trust) = self.keys(&path, &trust::Trust::read()?)?;
         Ok((Bundle::open(&path, &keys)?, trust))
+    }
+
+    /// To put it onto this host: where that trusts keys already, `--key` can only be one of them.
+    pub fn open_for_host(&self) -> Result<(Bundle, Trust)> {
+        let path = self.path()?;
+        let host = trust::Trust::read()?;
+        let (keys, trust) = self.keys(&path, &host)?;
+        keys.iter().try_for_each(|key| host.refuse_other(key))?;
+        Ok((Bundle::open(&path, &keys)?, trust))
+    }
+
+    /// One whose digest is known from elsewhere: these keys count and no others.
+    pub fn open_with(&self, keys: &[Key]) -> Result<Bundle> {
+        Bundle::open(&self.path()?, keys)
     }
 
     fn path(&self) -> Result<PathBuf> {
@@ -61,33 +77,21 @@ impl BundleArgs {
         }
     }
 
-    fn keys(&self, bundle: &Path) -> Result<(Vec<Key>, Trust)> {
+    fn keys(&self, bundle: &Path, host: &trust::Trust) -> Result<(Vec<Key>, Trust)> {
         if let Some(given) = &self.key {
-            let path = Path::new(given);
-            let key = if path.exists() {
-                Key::read(path)?
-            } else {
-                Key::parse(given).map_err(|_| {
-                    Code::Signature
-                        .err(format!("--key {given}: neither a file that is here nor a public key's line"))
-                        .cure("give the zd.pub that belongs to the bundle")
-                })?
-            };
+            let key = Key::given("--key", given)?;
+            host.refuse_revoked(&key)?;
             return Ok((vec![key], Trust::Given));
         }
-        let mut pinned = Vec::new();
-        if let Ok(dir) = std::fs::read_dir(paths::TRUST) {
-            for path in dir.flatten().map(|e| e.path()).filter(|p| p.extension().is_some_and(|e| e == "pub"))
-            {
-                pinned.push(Key::read(&path)?);
-            }
-        }
+        let pinned = host.keys();
         if !pinned.is_empty() {
             return Ok((pinned, Trust::Pinned));
         }
         let beside = bundle.parent().unwrap_or(Path::new("")).join("zd.pub");
         if beside.exists() {
-            return Ok((vec![Key::read(&beside)?], Trust::FirstUse));
+            let key = Key::read(&beside)?;
+            host.refuse_revoked(&key)?;
+            return Ok((vec![key], Trust::FirstUse));
         }
         Err(Code::Signature
             .err("there is no public key to check the signature with")

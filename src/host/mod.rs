@@ -24,6 +24,7 @@ pub mod signing;
 pub mod sock_diag;
 pub mod stores;
 pub mod systemd;
+pub mod trust;
 
 use std::io::Read;
 use std::time::{Duration, Instant};

@@ -20,6 +20,7 @@ use crate::host::fs::ROOT_AND;
 use crate::host::nginx;
 use crate::host::paths::{self, NGINX_USER, REGISTRY_USER};
 use crate::host::secrets::Secret;
+use crate::host::trust;
 use crate::ids::{Name, Slot};
 use crate::service::pointer::Pointer;
 use crate::service::state::State;
@@ -28,7 +29,8 @@ use crate::service::state::State;
 pub struct Inputs<'a> {
     /// As it will be when the install is done.
     pub installed: &'a Installed,
-    pub key: &'a Key,
+    /// The key to trust from now on. None where this host trusts some already: no plan changes those.
+    pub pin: Option<&'a Key>,
     pub lock_bytes: String,
     /// Docker was here before us: its daemon.json is not ours to write.
     pub foreign_docker: bool,
@@ -41,6 +43,9 @@ pub struct Inputs<'a> {
     /// Where secrets, pointers and the like come from, instead of being made.
     pub restored: Option<&'a Index>,
 }
+
+/// What a backup has of the folder of that name; the start of that step's title.
+pub const TRUSTED_KEYS: &str = "trusted keys";
 
 /// Carried packages whose own units must not start: ours are others.
 const MASKED: [(&str, &str); 3] = [
@@ -146,7 +151,11 @@ impl Builder<'_> {
         }
         self.push(Step::Tool);
         self.push(Step::Link { path: paths::TOOL_LINK.into(), target: paths::TOOL.into() });
-        self.file(Path::new(paths::TRUST).join("first.pub"), inputs.key.file_text());
+        match (inputs.pin, inputs.restored) {
+            (None, _) => {}
+            (Some(_), Some(_)) => self.saved_files(TRUSTED_KEYS, Path::new(paths::TRUST), None),
+            (Some(key), None) => self.file(Path::new(paths::TRUST).join(trust::FIRST), key.file_text()),
+        }
         self.private_file(generation.join(paths::LOCK_FILE), inputs.lock_bytes.clone());
         // Before the first unit that writes to it.
         self.file(paths::JOURNAL_CONF, assets::JOURNAL_CONF);
@@ -186,7 +195,6 @@ impl Builder<'_> {
     /// The audit log and the reports of a backup; of the reports only those that are `missing`, where that is known.
     pub(super) fn records(&mut self, missing: Option<&[String]>) {
         let Some(index) = self.restored else { return };
-        self.saved_files("trusted keys", Path::new(paths::TRUST), None);
         self.push(Step::RestoredLog);
         let prefix = &paths::REPORTS[1..];
         let wanted = |e: &&Entry| missing.is_none_or(|m| m.contains(&e.path));

@@ -70,7 +70,7 @@ mod tests {
         let (_, key) = signature::generate(None).unwrap();
         let inputs = install::Inputs {
             installed,
-            key: &key,
+            pin: Some(&key),
             lock_bytes: String::new(),
             foreign_docker: false,
             states: BTreeMap::new(),

@@ -7,6 +7,8 @@ use std::time::Duration;
 use super::install::{Builder, Inputs, repository};
 use super::preflight::Finding;
 use super::{Moved, Plan, Process, Standing, Step, slot};
+use jiff::Timestamp;
+
 use crate::bundle::Lock;
 use crate::bundle::lock::Release;
 use crate::bundle::manifest::{Engine, Service, Tcp};
@@ -145,6 +147,17 @@ pub fn differences(from: &Lock, to: &Lock, packages: &[Moved]) -> Vec<String> {
     lines
 }
 
+/// The time of packing orders bundles: one that was packed before one which was here already may have holes that
+/// were closed since.
+pub fn older(newest: Timestamp, to: &Lock) -> Option<Finding> {
+    (to.created < newest).then(|| {
+        let what = format!("the bundle was packed {}, the newest that was installed here {newest}", to.created);
+        let cure = "bring a newer one; go back with zd generations and zd rollback --generation N; or, with a reason, \
+                    --allow-older --reason TEXT";
+        Finding::bad(SEQUENCE, what, cure)
+    })
+}
+
 /// What stands in the way from one lock to another. Empty is a way.
 pub fn obstacles(from: &Lock, to: &Lock, packages: &[Moved]) -> Vec<Finding> {
     let mut found = Vec::new();
@@ -156,10 +169,6 @@ pub fn obstacles(from: &Lock, to: &Lock, packages: &[Moved]) -> Vec<Finding> {
     if from.engine != to.engine {
         let what = format!("engine {} is installed, the bundle says {}", from.engine, to.engine);
         bad("engine", what, "keep the engine; another one needs zd uninstall and zd install");
-    }
-    if to.created < from.created {
-        let what = format!("the bundle was packed {}, the installed one {}", to.created, from.created);
-        bad(SEQUENCE, what, "an older bundle is gone back to: zd generations, zd rollback --generation N");
     }
     for (place, before) in from.services.iter().enumerate() {
         let name = &before.name;
@@ -360,12 +369,19 @@ mod tests {
     }
 
     #[test]
+    fn an_older_bundle_is_told() {
+        let to = lock();
+        let later = to.created + std::time::Duration::from_secs(60);
+        assert!(older(to.created, &to).is_none());
+        assert!(older(later, &to).unwrap().what.contains("the newest that was installed here"));
+    }
+
+    #[test]
     fn what_stands_in_the_way_is_named() {
         type Change = fn(&mut Lock);
-        let cases: [(Change, &str); 9] = [
+        let cases: [(Change, &str); 8] = [
             (|l| l.name = "other".parse().unwrap(), "bundle: stack is installed"),
             (|l| l.engine = Engine::Docker, "engine: engine nomad is installed"),
-            (|l| l.created -= std::time::Duration::from_secs(60), "sequence: the bundle was packed"),
             (|l| l.services.clear(), "service: hello is not in the bundle"),
             (
                 |l| l.services[0].name = "other".parse().unwrap(),

@@ -24,7 +24,7 @@ fn sticks(name: &str, releases: Option<(String, PathBuf)>, keys: &Path) -> [Path
 }
 
 /// Key pairs for backups: the one that is used, and another.
-fn keys(name: &str) -> PathBuf {
+pub fn keys(name: &str) -> PathBuf {
     let folder = root().join("target/fab").join(format!("{name}-keys"));
     let _ = std::fs::remove_dir_all(&folder);
     std::fs::create_dir_all(&folder).expect("a folder");
@@ -83,8 +83,29 @@ fn history(host: &Host) -> Vec<Value> {
     all.as_array().or(all["records"].as_array()).expect("records").clone()
 }
 
-/// The backup of `file` in plain, changed, and encrypted again to the same key.
+/// The backup of `file` with another index, signed with the host's key all the same.
 fn forged(file: &Path, keys: &Path, change: impl Fn(&mut Value)) -> Vec<u8> {
+    rewritten(file, keys, |members| {
+        let mut index: Value = serde_json::from_slice(&members[0].1).expect("an index");
+        change(&mut index);
+        members[0].1 = serde_json::to_vec(&index).expect("json");
+        members[1].1 = signed(&keys.join("host.key"), &members[0].1, &members[1].1);
+    })
+}
+
+/// A host's signature over an index that says the same as the one before.
+pub fn signed(secret: &Path, index: &[u8], before: &[u8]) -> Vec<u8> {
+    let text = std::fs::read_to_string(secret).expect("a key");
+    let key = minisign::SecretKeyBox::from_string(&text).and_then(|k| k.into_unencrypted_secret_key());
+    let before = std::str::from_utf8(before).expect("text");
+    let trusted = before.lines().nth(2).and_then(|l| l.strip_prefix("trusted comment: "));
+    let of = Some("signature of a host that zd is installed on");
+    let signed = minisign::sign(None, &key.expect("a key"), Cursor::new(index), trusted, of);
+    signed.expect("signed").into_string().into_bytes()
+}
+
+/// The members of the backup in plain, changed, and encrypted again to the same key.
+pub fn rewritten(file: &Path, keys: &Path, change: impl FnOnce(&mut Vec<(String, Vec<u8>)>)) -> Vec<u8> {
     let secret = std::fs::read_to_string(keys.join("site.key")).expect("a key");
     let secret = secret.lines().find(|l| l.starts_with("AGE-SECRET-KEY-1")).expect("a key");
     let identity: age::x25519::Identity = secret.parse().expect("a key");
@@ -96,9 +117,7 @@ fn forged(file: &Path, keys: &Path, change: impl Fn(&mut Value)) -> Vec<u8> {
         entry.read_to_end(&mut bytes).expect("bytes");
         members.push((name, bytes));
     }
-    let mut index: Value = serde_json::from_slice(&members[0].1).expect("an index");
-    change(&mut index);
-    members[0].1 = serde_json::to_vec(&index).expect("json");
+    change(&mut members);
     let mut out = tar::Builder::new(Vec::new());
     for (name, bytes) in members {
         let mut header = tar::Header::new_ustar();
@@ -125,7 +144,7 @@ fn bad_backups(good: &Path, keys: &Path) -> Vec<(&'static str, i32, &'static str
     write("escape", &forged(good, keys, |i| i["files"][1]["path"] = json!("etc/zd/../../root/x")));
     write("elsewhere", &forged(good, keys, |i| i["files"][1]["path"] = json!("etc/cron.d/x")));
     write("renamed", &forged(good, keys, |i| i["files"][1]["path"] = json!("etc/zd/tls/renamed")));
-    write("newer", &forged(good, keys, |i| i["schema"] = json!(2)));
+    write("newer", &forged(good, keys, |i| i["schema"] = json!(3)));
     let other = "sha256:0000000000000000000000000000000000000000000000000000000000000000";
     write("sum", &forged(good, keys, |i| i["files"][2]["digest"] = json!(other)));
     write("lock", &forged(good, keys, |i| i["host"]["bundle"] = json!(other)));
@@ -135,7 +154,7 @@ fn bad_backups(good: &Path, keys: &Path) -> Vec<(&'static str, i32, &'static str
         ("escape", 4, "bundle", "is no place that a backup of zd has files of"),
         ("elsewhere", 4, "bundle", "is no place that a backup of zd has files of"),
         ("renamed", 4, "bundle", "is not what its index names here"),
-        ("newer", 4, "bundle", "schema 2"),
+        ("newer", 4, "bundle", "schema 3"),
         ("sum", 4, "bundle", "does not have the bytes that its index says"),
         ("lock", 4, "bundle", "is not the one of the installed bundle"),
     ]
@@ -235,6 +254,9 @@ fn there_and_back(name: &str, releases: Option<(String, PathBuf)>) {
     host.zd(&["backup", "--to", "/out"]).ok();
     let last = host.sh("ls /out/zd-node-*.tar.age").trim().to_owned();
     host.copy_out(&last, &good);
+    for half in ["host.key", "host.pub"] {
+        host.copy_out(&format!("/etc/zd/signing/{half}"), &keys.join(half));
+    }
     let bad = bad_backups(&good, &keys);
     host.copy_in(&out, "/backups");
 
@@ -343,6 +365,10 @@ fn bare_host(
     host.copy_in(keys, "/keys");
     host.copy_in(backups, "/backups");
     let good = "/backups/good";
+    restore(&host, "/stick/zd", good, &[]).fails(2, "usage", &["--host-key"]);
+    let restore = |host: &Host, zd: &str, file: &str, more: &[&str]| {
+        restore(host, zd, file, &[more, &["--host-key", "/keys/host.pub"]].concat())
+    };
     restore(&host, "/stick/zd", good, &[]).fails(5, "preflight", &[ip, "ip address add"]);
     host.sh(&format!("ip address add {ip}/16 dev eth0"));
     let before = host.picture();
@@ -352,6 +378,7 @@ fn bare_host(
     host.sh("test ! -e /etc/zd && test ! -e /var/lib/zd && test ! -e /var/log/zd");
 
     let killed = ["/stick/zd", "-q", "restore", good, "--identity", "/keys/site.key", "--yes"];
+    let killed = [&killed[..], &["--host-key", "/keys/host.pub"]].concat();
     let died = host.run_env(&[("ZD_FAILPOINT", "journal:120")], &killed);
     assert_ne!(died.code, 0, "{died:?}");
     host.run(&["/stick/zd", "undo", "--yes"]).ok();

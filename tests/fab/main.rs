@@ -7,6 +7,7 @@ mod host;
 mod another_bundle;
 mod attacks_rootfs;
 mod attacks_gate;
+mod attacks_trust;
 mod backup;
 mod bad_hosts;
 mod crash;
