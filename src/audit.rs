@@ -1,21 +1,53 @@
 //! The audit log: append-only JSON lines, each with the SHA-256 of the line before. The last line's
 //! number and hash stand apart as well, so that a log cut short is noticed; there they are signed by the host.
+//! Each record goes to the host's journal as well, where a forwarder of the site finds it.
 
 use std::fs::{self, OpenOptions};
 use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use crate::bundle::signature::{self, Fault, Key, OF_HOST};
-use crate::error::{At, Code, OrCode, Result};
+use crate::error::{At, Code, Error, OrCode, Result};
 use crate::host::signing::{self, Signed};
-use crate::host::{fs as hostfs, paths};
+use crate::host::{fs as hostfs, journal, paths};
 use crate::ids::{Digest, Name, Slot, Version};
+use crate::ui::Ui;
+use crate::who::Who;
 
 /// What stands before the first line.
 const GENESIS: &str = "sha256:0000000000000000000000000000000000000000000000000000000000000000";
+
+const REFUSED: &str = "refused";
+const KEY_GIVEN: &str = "key-given";
+/// What is refused can be tried again and again: so many in a row within an hour go into the log, the journal gets all.
+const REFUSALS: usize = 20;
+/// Of what was refused; it may quote what somebody else wrote.
+const LONGEST: usize = 1000;
+/// Verbs whose refusal, or key, is no record: they change nothing, or units run them, and their own records say what came of it.
+const READS_OR_OF_UNITS: [&str; 15] = [
+    "keygen",
+    "pack",
+    "inspect",
+    "doctor",
+    "generations",
+    "status",
+    "history",
+    "logs",
+    "loadtest",
+    "check-stores",
+    "publish",
+    "reload",
+    "settle",
+    "completions",
+    "man",
+];
+/// This run has said itself how it ended.
+static SPOKEN: AtomicBool = AtomicBool::new(false);
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Record {
@@ -23,8 +55,11 @@ pub struct Record {
     pub seq: u64,
     pub at: Timestamp,
     pub by: String,
+    /// What `by` is from, and what else there was. None in records of earlier versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub who: Option<Who>,
     pub verb: String,
-    /// `begun`, `done`, `failed`, `undone`, `finished`, `recovered`.
+    /// `begun`, `done`, `failed`, `undone`, `finished`, `recovered`, `refused`, `key-given`.
     pub outcome: String,
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub reason: String,
@@ -84,23 +119,70 @@ pub fn append(event: Event) -> Result<()> {
 
 /// As [`append`]; for those who speak of the record.
 pub fn write(event: Event) -> Result<Written> {
+    SPOKEN.store(true, Ordering::Relaxed);
     for dir in [paths::LOG, paths::VAR] {
         fs::create_dir_all(dir).at(dir)?;
     }
-    write_at(Path::new(paths::AUDIT), Path::new(paths::AUDIT_HEAD), event)
+    let (log, head) = (Path::new(paths::AUDIT), Path::new(paths::AUDIT_HEAD));
+    let written = write_at(log, head, event, Timestamp::now(), false)?;
+    written.ok_or_else(|| Code::Bug.err("a record that is not a refusal was left out"))
 }
 
-/// Where the head cannot be written (a full disk), the log is again what it was before.
-fn write_at(path: &Path, head_path: &Path, event: Event) -> Result<Written> {
+/// A run that ends with an error and has not written down why itself. Only root's, and only where zd is installed: others
+/// cannot change anything, and shall not fill the log.
+pub fn refused(verb: &str, error: &Error, ui: &Ui) {
+    if SPOKEN.load(Ordering::Relaxed) || READS_OR_OF_UNITS.contains(&verb) {
+        return;
+    }
+    note(verb, REFUSED, format!("{}: {}", error.code.name(), error.what), ui);
+}
+
+/// A key that the operator names decides over the one that this host trusts.
+pub fn key_given(verb: &str, key: &str, ui: &Ui) {
+    if READS_OR_OF_UNITS.contains(&verb) {
+        return;
+    }
+    note(verb, KEY_GIVEN, format!("--key {key}"), ui);
+}
+
+fn note(verb: &str, outcome: &str, detail: String, ui: &Ui) {
+    if !rustix::process::geteuid().is_root() || !Path::new(paths::CURRENT).is_symlink() {
+        return;
+    }
+    let detail = detail.chars().take(LONGEST).collect();
+    let event = Event { verb, outcome, detail, ..Event::default() };
+    let written =
+        write_at(Path::new(paths::AUDIT), Path::new(paths::AUDIT_HEAD), event, Timestamp::now(), true);
+    if let Err(e) = written {
+        ui.warn(format!("this was not written into the audit log: {}", e.what));
+    }
+}
+
+/// Where the head cannot be written (a full disk), the log is again what it was before. None where the log has enough of
+/// the kind; the journal has it.
+fn write_at(
+    path: &Path,
+    head_path: &Path,
+    event: Event,
+    now: Timestamp,
+    bounded: bool,
+) -> Result<Option<Written>> {
+    // The host's lock does not do: who does not get it is recorded. Its own file, for the log can be read by all.
+    let lock = path.with_extension("lock");
+    let mut options = OpenOptions::new();
+    let locked = options.write(true).create(true).truncate(false).mode(0o600).open(&lock).at(&lock)?;
+    locked.lock().at(&lock)?;
     let bytes = hostfs::read_if_any(path)?.unwrap_or_default();
     let before = whole(&bytes);
-    let last = std::str::from_utf8(before).or_code(Code::Audit, "the audit log")?.lines().last();
-    let (seq, prev) = place(last, read_head(head_path)?)?;
+    let text = std::str::from_utf8(before).or_code(Code::Audit, "the audit log")?;
+    let (seq, prev) = place(text.lines().last(), read_head(head_path)?)?;
+    let who = Who::now();
     let record = Record {
         schema: 1,
         seq,
-        at: Timestamp::now(),
-        by: actor(),
+        at: now,
+        by: who.name(),
+        who: Some(who),
         verb: event.verb.into(),
         outcome: event.outcome.into(),
         reason: event.reason.into(),
@@ -110,6 +192,10 @@ fn write_at(path: &Path, head_path: &Path, event: Event) -> Result<Written> {
         detail: event.detail,
         prev,
     };
+    if bounded && enough_of_the_kind(text, now) {
+        tell(&record, None);
+        return Ok(None);
+    }
     let line = serde_json::to_string(&record).or_code(Code::Bug, "writing the audit log")?;
     let hash = Digest::of(line.as_bytes());
     let what = format!("record {seq} of the audit log, {}", record.at);
@@ -129,7 +215,57 @@ fn write_at(path: &Path, head_path: &Path, event: Event) -> Result<Written> {
         file.set_len(before.len() as u64).and_then(|()| file.sync_data()).at(path)?;
         return Err(e);
     }
-    Ok(Written { record, hash, signed })
+    tell(&record, Some(&hash));
+    Ok(Some(Written { record, hash, signed }))
+}
+
+/// The last records are refusals, and the first of these is young.
+fn enough_of_the_kind(log: &str, now: Timestamp) -> bool {
+    let last: Vec<Record> =
+        log.lines().rev().take(REFUSALS).map_while(|l| serde_json::from_str(l).ok()).collect();
+    let of_the_kind = last.iter().take_while(|r| [REFUSED, KEY_GIVEN].contains(&r.outcome.as_str())).count();
+    of_the_kind == REFUSALS && last.last().is_some_and(|r| now.duration_since(r.at).as_secs() < 3600)
+}
+
+fn tell(record: &Record, hash: Option<&Digest>) {
+    // The journal of the machine that the unit tests run on has no use for theirs.
+    if cfg!(not(test)) {
+        journal::send(&fields(record, hash));
+    }
+}
+
+/// What journald and syslog forwarders get; no hash where the log does not have the record.
+fn fields(record: &Record, hash: Option<&Digest>) -> Vec<(&'static str, String)> {
+    let who = record.who.clone().unwrap_or_default();
+    let side = |release: &Option<Release>| {
+        release.as_ref().map(|r| format!("{} {} {}", r.slot, r.version, r.digest)).unwrap_or_default()
+    };
+    let good = !["failed", REFUSED].contains(&record.outcome.as_str());
+    let about = [&record.reason, &record.detail].map(|text| text.lines().next().unwrap_or_default());
+    let about = about.into_iter().filter(|text| !text.is_empty()).map(|text| format!("; {text}"));
+    let about: String = about.collect();
+    vec![
+        ("MESSAGE", format!("zd {} {} by {}{about}", record.verb, record.outcome, record.by)),
+        // Notice or warning, of facility authpriv (syslog(3)).
+        ("PRIORITY", if good { "5" } else { "4" }.into()),
+        ("SYSLOG_FACILITY", "10".into()),
+        ("SYSLOG_IDENTIFIER", "zd".into()),
+        ("ZD_SEQ", hash.map(|_| record.seq.to_string()).unwrap_or_default()),
+        ("ZD_HASH", hash.map(ToString::to_string).unwrap_or_default()),
+        ("ZD_BY", record.by.clone()),
+        ("ZD_LOGINUID", who.loginuid.map(|uid| uid.to_string()).unwrap_or_default()),
+        ("ZD_UID", who.uid.to_string()),
+        ("ZD_SUDO_USER", who.sudo_user.unwrap_or_default()),
+        ("ZD_TTY", who.tty.unwrap_or_default()),
+        ("ZD_SSH_CONNECTION", who.ssh_connection.unwrap_or_default()),
+        ("ZD_VERB", record.verb.clone()),
+        ("ZD_OUTCOME", record.outcome.clone()),
+        ("ZD_REASON", record.reason.clone()),
+        ("ZD_SERVICE", record.service.as_ref().map(ToString::to_string).unwrap_or_default()),
+        ("ZD_FROM", side(&record.from)),
+        ("ZD_TO", side(&record.to)),
+        ("ZD_DETAIL", record.detail.clone()),
+    ]
 }
 
 /// The log without the piece of a line that a power cut left at its end: that never became a record.
@@ -236,26 +372,9 @@ fn check(text: &str, head: Option<&Head>) -> Result<Vec<Record>> {
     Ok(records)
 }
 
-/// Who is acting: the login behind sudo, else the login, with the user id.
+/// Who is acting, as the records say it.
 pub fn actor() -> String {
-    let var = |name| std::env::var(name).ok().filter(|v: &String| !v.is_empty());
-    let uid = rustix::process::getuid().as_raw();
-    // The kernel's login uid survives su and sudo (proc_pid_loginuid).
-    let login = fs::read_to_string("/proc/self/loginuid").ok().and_then(|t| t.trim().parse::<u32>().ok());
-    let login = login.filter(|l| *l != u32::MAX);
-    let name =
-        var("SUDO_USER").or_else(|| user_name(login.unwrap_or(uid))).unwrap_or_else(|| format!("uid {uid}"));
-    name.chars().filter(|c| !c.is_control()).take(64).collect()
-}
-
-fn user_name(uid: u32) -> Option<String> {
-    let passwd = fs::read_to_string("/etc/passwd").ok()?;
-    let of = |l: &str| {
-        let mut fields = l.split(':');
-        let name = fields.next()?.to_owned();
-        (fields.nth(1)? == uid.to_string()).then_some(name)
-    };
-    passwd.lines().find_map(of)
+    Who::now().name()
 }
 
 #[cfg(test)]
@@ -270,6 +389,7 @@ mod tests {
                 seq,
                 at: Timestamp::UNIX_EPOCH,
                 by: "kim".into(),
+                who: None,
                 verb: "switch".into(),
                 outcome: "done".into(),
                 reason: String::new(),
@@ -310,7 +430,10 @@ mod tests {
     fn what_could_not_be_written_down_whole_was_not() {
         let dir = tempfile::tempdir().unwrap();
         let (log, head) = (dir.path().join("log"), dir.path().join("heads/head"));
-        let write = |reason| write_at(&log, &head, Event { verb: "switch", reason, ..Event::default() });
+        let write = |reason| {
+            let event = Event { verb: "switch", reason, ..Event::default() };
+            write_at(&log, &head, event, Timestamp::now(), false)
+        };
         let read = || {
             let bytes = fs::read(&log).unwrap();
             check(std::str::from_utf8(whole(&bytes)).unwrap(), read_head(&head).unwrap().as_ref())
@@ -339,6 +462,60 @@ mod tests {
         write("three").unwrap();
         let reasons: Vec<String> = read().unwrap().into_iter().map(|r| r.reason).collect();
         assert_eq!(reasons, ["one", "two", "three"]);
+    }
+
+    #[test]
+    fn refusals_do_not_fill_the_log() {
+        let dir = tempfile::tempdir().unwrap();
+        let (log, head) = (dir.path().join("log"), dir.path().join("head"));
+        let start: Timestamp = "2026-01-01T00:00:00Z".parse().unwrap();
+        let write = |outcome, after: i64| {
+            let event = Event { verb: "switch", outcome, ..Event::default() };
+            let now = start + jiff::SignedDuration::from_secs(after);
+            write_at(&log, &head, event, now, outcome != "done").unwrap().is_some()
+        };
+        let written = (0..100).filter(|after| write(REFUSED, *after)).count();
+        assert_eq!(written, REFUSALS);
+        assert!(!write(KEY_GIVEN, 101) && !write(REFUSED, 3599));
+        assert!(write(REFUSED, 3601), "an hour later");
+        assert!(write("done", 3602), "what is done is always written");
+        assert!(write(REFUSED, 3603));
+        let text = fs::read_to_string(&log).unwrap();
+        assert_eq!(check(&text, read_head(&head).unwrap().as_ref()).unwrap().len(), REFUSALS + 3);
+        let mode = std::os::unix::fs::PermissionsExt::mode(
+            &fs::metadata(dir.path().join("log.lock")).unwrap().permissions(),
+        );
+        assert_eq!(mode & 0o777, 0o600, "nobody else can hold it");
+    }
+
+    #[test]
+    fn two_that_write_at_once_do_not_break_the_chain() {
+        let dir = tempfile::tempdir().unwrap();
+        let (log, head) = (dir.path().join("log"), dir.path().join("head"));
+        let write = || {
+            for _ in 0..20 {
+                write_at(&log, &head, Event { verb: "switch", ..Event::default() }, Timestamp::now(), false)
+                    .unwrap();
+            }
+        };
+        std::thread::scope(|scope| (0..4).for_each(|_| drop(scope.spawn(write))));
+        let text = fs::read_to_string(&log).unwrap();
+        assert_eq!(check(&text, read_head(&head).unwrap().as_ref()).unwrap().len(), 80);
+    }
+
+    #[test]
+    fn the_journal_gets_what_the_record_says() {
+        let (text, _) = chain(1);
+        let mut record: Record = serde_json::from_str(text.trim()).unwrap();
+        record.who = Some(Who { loginuid: Some(1001), sudo_user: Some("lee".into()), ..Who::default() });
+        (record.outcome, record.detail) = (REFUSED.into(), "signature: not so\nsecond line".into());
+        let fields: std::collections::BTreeMap<_, _> = fields(&record, None).into_iter().collect();
+        assert_eq!(fields["MESSAGE"], "zd switch refused by kim; signature: not so");
+        assert_eq!([&fields["SYSLOG_FACILITY"], &fields["PRIORITY"], &fields["ZD_SEQ"]], ["10", "4", ""]);
+        assert_eq!(
+            [&fields["ZD_LOGINUID"], &fields["ZD_UID"], &fields["ZD_SUDO_USER"]],
+            ["1001", "0", "lee"]
+        );
     }
 
     #[test]

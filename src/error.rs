@@ -63,6 +63,8 @@ pub enum Code {
     LoadFailed,
     /// The person said no, or there was nobody to ask.
     NotConfirmed,
+    /// Not in the role that the person has on this host.
+    NotAllowed,
 }
 
 impl Code {
@@ -95,6 +97,7 @@ impl Code {
             Code::Audit => "audit",
             Code::LoadFailed => "load-failed",
             Code::NotConfirmed => "not-confirmed",
+            Code::NotAllowed => "not-allowed",
         }
     }
 
@@ -102,7 +105,7 @@ impl Code {
     pub fn exit(self) -> u8 {
         match self {
             Code::Bug => 1,
-            Code::Usage | Code::NotConfirmed => 2,
+            Code::Usage | Code::NotConfirmed | Code::NotAllowed => 2,
             Code::Manifest | Code::Source => 3,
             Code::Bundle | Code::Signature | Code::Target => 4,
             Code::Preflight => 5,

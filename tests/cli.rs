@@ -7,7 +7,7 @@ use std::path::Path;
 use assert_cmd::Command;
 use support::*;
 
-const VERBS: [&str; 27] = [
+const VERBS: [&str; 28] = [
     "keygen",
     "pack",
     "inspect",
@@ -32,6 +32,7 @@ const VERBS: [&str; 27] = [
     "logs",
     "support",
     "loadtest",
+    "operator",
     "undo",
     "uninstall",
     "completions",

@@ -38,6 +38,15 @@ pub fn run(args: Args, ui: &Ui) -> Result<()> {
     signed_by.map(drop)
 }
 
+/// With whom sudo named, where that is somebody else.
+fn who(record: &Record) -> String {
+    let sudo_user = record.who.as_ref().and_then(|who| who.sudo_user.as_ref());
+    match sudo_user.filter(|user| **user != record.by) {
+        Some(user) => format!("{} (SUDO_USER {user})", record.by),
+        None => record.by.clone(),
+    }
+}
+
 fn text(r: &Report) -> String {
     let mut table = super::status::table(["#", "when (UTC)", "who", "what", "from", "to", "why"]);
     for record in &r.records {
@@ -49,7 +58,7 @@ fn text(r: &Report) -> String {
         table.add_row([
             record.seq.to_string(),
             record.at.strftime("%F %T").to_string(),
-            record.by.clone(),
+            who(record),
             format!("{} {}", record.verb, record.outcome),
             side(&record.from),
             side(&record.to),

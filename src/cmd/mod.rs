@@ -14,6 +14,7 @@ pub mod keygen;
 pub mod loadtest;
 pub mod logs;
 pub mod man;
+pub mod operator;
 pub mod pack;
 pub mod publish;
 pub mod reconfigure;
@@ -44,7 +45,7 @@ use crate::ui::Ui;
     name = "zd",
     version,
     about = "Carries a zero-downtime stack into places without a network",
-    after_help = "Exit codes: 0 done; 1 fault of zd; 2 usage; 3 manifest or source; 4 bundle or signature; \
+    after_help = "Exit codes: 0 done; 1 fault of zd; 2 usage, or not in the role; 3 manifest or source; 4 bundle or signature; \
                   5 host not fit; 6 file, disk or command; 7 docker, registry, Nomad, Consul or nginx; \
                   8 unhealthy, not drained, unverified; 9 locked, unfinished, or another bundle is installed; 10 not installed, unknown version; \
                   11 audit chain broken; 12 load test failed",
@@ -87,6 +88,7 @@ pub enum Command {
     Logs(logs::Args),
     Support(support::Args),
     Loadtest(loadtest::Args),
+    Operator(operator::Args),
     Undo(undo::Args),
     Uninstall(uninstall::Args),
     #[command(hide = true)]
@@ -147,6 +149,7 @@ pub async fn run(command: Command, ui: &Ui) -> Result<()> {
         Command::Logs(args) => logs::run(args, ui).await,
         Command::Support(args) => support::run(args, ui).await,
         Command::Loadtest(args) => loadtest::run(args, ui).await,
+        Command::Operator(args) => operator::run(args, ui).await,
         Command::Undo(args) => undo::run(args, ui).await,
         Command::Uninstall(args) => uninstall::run(args, ui).await,
         Command::Publish(args) => publish::run(args, ui).await,

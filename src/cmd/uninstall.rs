@@ -6,8 +6,8 @@ use super::ChangeArgs;
 use crate::apply::{self, Way};
 use crate::audit::{self, Event};
 use crate::error::{Code, Result};
-use crate::host::Host;
 use crate::host::lock::HostLock;
+use crate::host::{Host, operators};
 use crate::receipt::{self, Outcome, Receipt};
 use crate::ui::Ui;
 
@@ -56,6 +56,7 @@ pub async fn run(args: Args, ui: &Ui) -> Result<()> {
     ui.confirm(&format!("stop the services and remove zd {what} from this host?"), args.change.yes)?;
     let host = Host::new(ui);
     let way = if args.purge { Way::Purge } else { Way::Remove };
+    operators::remove_all().await?;
     let mut undone = Vec::new();
     for journal in journals.iter_mut().rev() {
         // What a deploy or a scale left is in what the install takes away.

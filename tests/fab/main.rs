@@ -5,8 +5,9 @@ mod host;
 
 // They start in the order of their names: what takes longest comes first, so that no core waits for it in the end.
 mod another_bundle;
-mod attacks_rootfs;
+mod attacks_audit;
 mod attacks_gate;
+mod attacks_rootfs;
 mod attacks_trust;
 mod backup;
 mod bad_hosts;
