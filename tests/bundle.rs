@@ -387,7 +387,8 @@ fn a_signed_lock_is_not_believed_either() {
     for file in ["../x.deb", "a/b.deb", "/x.deb", ".x.deb", "x.sh", ".deb"] {
         let mut lock = good.lock();
         let digest = lock["files"][0]["digest"].clone();
-        lock["debs"] = json!([{ "name": "x", "version": "1", "file": file, "digest": digest }]);
+        lock["debs"] =
+            json!([{ "name": "x", "version": "1", "file": file, "digest": digest, "signed-by": [] }]);
         refused(file, &serde_json::to_vec(&lock).unwrap(), "is not a plain .deb name");
     }
     let changed = |change: fn(&mut Vec<Value>)| {
@@ -461,6 +462,36 @@ fn a_manifest_that_cannot_be_read_says_where() {
     site.zd(&["pack", "demo.toml", "--target", "beos-5"]).refused(MANIFEST, &["beos-5", "no package source"]);
     site.zd(&["pack", "demo.toml", "--key", "no.key"]).refused(IO, &["no.key", "make one with `zd keygen`"]);
     assert_eq!(entries(site.path("").as_path()), ["demo.toml", "zd.key", "zd.pub"], "something was written");
+}
+
+#[test]
+fn a_fifo_a_device_and_an_endless_file_are_refused_at_once() {
+    let site = Site::packed();
+    for pipe in ["pipe.zd.tar", "pipe.pub"] {
+        assert!(std::process::Command::new("mkfifo").arg(site.path(pipe)).status().unwrap().success());
+    }
+    std::os::unix::fs::symlink("/dev/zero", site.path("zero.pub")).unwrap();
+    fs::File::create(site.path("endless.pub")).unwrap().set_len(1 << 40).unwrap();
+    site.zd(&["verify", "pipe.zd.tar", "--key", "zd.pub"])
+        .refused(IO, &["pipe.zd.tar", "not a regular file"]);
+    for (key, says) in [
+        ("pipe.pub", "not a regular file"),
+        ("zero.pub", "not a regular file"),
+        ("endless.pub", "over 64 KiB"),
+    ] {
+        site.zd(&["verify", "stick", "--key", key]).refused(IO, &[key, says]);
+    }
+}
+
+#[test]
+fn packages_that_nobody_signed_are_not_taken_silently() {
+    let site = Site::new();
+    site.write("site.sources", b"Types: deb\nURIs: copy:/nowhere\nSuites: ./\nTrusted: yes\n");
+    site.write("site.list", b"deb [trusted=yes] copy:/nowhere ./\n");
+    for sources in ["site.sources", "site.list"] {
+        let packages = format!("[packages]\nextra = [\"tree\"]\nsources = {sources:?}\n");
+        site.pack(&packages, &[]).refused(SOURCE, &["nobody signed", "unsigned-packages = true"]);
+    }
 }
 
 #[test]

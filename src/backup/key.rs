@@ -8,6 +8,7 @@ use age::secrecy::ExposeSecret;
 use age::x25519::Identity;
 use serde::{Deserialize, Serialize};
 
+use crate::bundle::medium;
 use crate::error::{At, Code, Result};
 
 /// The public half: `age1…`.
@@ -51,7 +52,7 @@ impl Recipient {
     pub fn given(text: &str) -> Result<Self> {
         let path = Path::new(text);
         let line = if path.is_file() {
-            let file = std::fs::read_to_string(path).at(path)?;
+            let file = medium::text(path).at(path)?;
             key_line(&file).to_owned()
         } else {
             text.to_owned()
@@ -79,7 +80,7 @@ pub fn generate() -> Result<(String, Recipient)> {
 
 /// The secret half out of its file.
 pub fn read_identity(path: &Path) -> Result<Identity> {
-    let text = std::fs::read_to_string(path).at(path)?;
+    let text = medium::text(path).at(path)?;
     key_line(&text).parse().map_err(|_| {
         Code::Usage
             .err(format!("{}: no secret key of backups (AGE-SECRET-KEY-1…)", path.display()))

@@ -12,9 +12,9 @@ use age::x25519::Identity;
 use age::{DecryptError, Decryptor};
 
 use super::index::{INDEX, Index, LOCK, MAX_INDEX, SIGNATURE};
-use crate::bundle::Lock;
 use crate::bundle::layout::MAX_SIGNATURE;
 use crate::bundle::signature::{self, Fault, Key, OF_HOST};
+use crate::bundle::{Lock, medium};
 use crate::error::{At, Code, Error, Result};
 use crate::host::config::Installed;
 use crate::ids::Digest;
@@ -41,7 +41,7 @@ fn damaged(path: &Path, what: impl std::fmt::Display) -> Error {
 }
 
 fn decrypt(path: &Path, identity: &Identity) -> Result<Plain> {
-    let file = BufReader::new(File::open(path).at(path)?);
+    let file = BufReader::new(medium::open(path).at(path)?);
     let no_backup = |e: DecryptError| {
         match e {
         DecryptError::NoMatchingKeys => Code::Signature

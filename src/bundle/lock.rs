@@ -55,13 +55,17 @@ pub struct Lock {
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct Deb {
     pub name: String,
     pub version: String,
     /// File name in the apt index.
     pub file: String,
     pub digest: Digest,
+    /// Keys that signed the archive it comes from; none where nobody did, which the manifest allowed, and in locks from
+    /// before this was kept.
+    #[serde(default)]
+    pub signed_by: Vec<Fingerprint>,
 }
 
 /// One image; its manifest, config and layers are blobs.

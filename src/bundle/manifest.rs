@@ -96,6 +96,9 @@ pub struct Packages {
     /// An apt sources file to use instead of this machine's own.
     #[serde(default, skip_serializing)]
     pub sources: Option<PathBuf>,
+    /// Sources may be marked as trusted without a signature.
+    #[serde(default, skip_serializing)]
+    pub unsigned_packages: bool,
 }
 
 impl Packages {

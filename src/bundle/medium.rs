@@ -1,10 +1,12 @@
-//! What a bundle is read from: `Read + Seek` cursors over one shared, unmoved file.
+//! What came from elsewhere, on a stick or by mail, is opened here. What a bundle is read from: `Read + Seek` cursors over one shared, unmoved file.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
+
+use rustix::fs::OFlags;
 
 /// A cursor. Clones share the file but not the position, so many threads can read at once.
 #[derive(Clone)]
@@ -14,14 +16,30 @@ pub struct Medium {
     pos: u64,
 }
 
+/// Opens what came from elsewhere. A FIFO, which would be waited for, a device and a folder are an error.
+pub fn open(path: &Path) -> io::Result<File> {
+    let file = OpenOptions::new().read(true).custom_flags(OFlags::NONBLOCK.bits() as i32).open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
+    }
+    Ok(file)
+}
+
+/// A key or another small text that came from elsewhere, of at most 64 KiB.
+pub fn text(path: &Path) -> io::Result<String> {
+    const MOST: u64 = 64 << 10;
+    let mut text = String::new();
+    if open(path)?.take(MOST + 1).read_to_string(&mut text)? as u64 > MOST {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "over 64 KiB, which no such file has"));
+    }
+    Ok(text)
+}
+
 impl Medium {
     pub fn open(path: &Path) -> io::Result<Self> {
-        let file = File::open(path)?;
-        let meta = file.metadata()?;
-        if !meta.is_file() {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
-        }
-        Ok(Self { file: Arc::new(file), len: meta.len(), pos: 0 })
+        let file = open(path)?;
+        let len = file.metadata()?.len();
+        Ok(Self { file: Arc::new(file), len, pos: 0 })
     }
 
     pub fn len(&self) -> u64 {

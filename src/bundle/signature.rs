@@ -11,6 +11,7 @@ use minisign::{KeyPair, PublicKey, SecretKeyBox, SignatureBox};
 use ring::signature::Ed25519KeyPair;
 use serde::{Deserialize, Serialize};
 
+use super::medium;
 use crate::error::{At, Code, OrCode, Result};
 use crate::ids::Digest;
 
@@ -60,7 +61,7 @@ impl Key {
     }
 
     pub fn read(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path).at(path)?;
+        let text = medium::text(path).at(path)?;
         Self::parse(&text).map_err(|e| e.during(path.display()))
     }
 
@@ -131,7 +132,7 @@ pub struct Signer {
 impl Signer {
     /// Opens a secret key file; `password` is asked for only when the file is encrypted.
     pub fn read(path: &Path, password: impl FnOnce() -> Result<String>) -> Result<Self> {
-        let text = std::fs::read_to_string(path).at(path)?;
+        let text = medium::text(path).at(path)?;
         let doing = format!("secret key {}", path.display());
         let boxed = SecretKeyBox::from_string(&text).map_err(|_| no_secret_key(path))?;
         let secret = if is_encrypted(&text).ok_or_else(|| no_secret_key(path))? {

@@ -1,5 +1,7 @@
 //! `zd inspect`: what is in a bundle, without touching anything.
 
+use std::collections::BTreeSet;
+
 use serde::Serialize;
 
 use super::verify::{BundleArgs, Trust};
@@ -71,6 +73,11 @@ fn text(r: &Report) -> String {
     for (image, index) in lock.images.iter().filter_map(|i| Some((&i.reference, i.index.as_ref()?))) {
         out.push_str(&format!("\nimage {image}: one platform of the index {index}"));
     }
+    let signers: BTreeSet<_> = lock.debs.iter().flat_map(|d| &d.signed_by).collect();
+    for key in signers {
+        let of = lock.debs.iter().filter(|d| d.signed_by.contains(key)).count();
+        out.push_str(&format!("\narchive key {key}: {of} of {} packages", lock.debs.len()));
+    }
     let mut table = super::status::table(["what", "version", "size", "digest"]);
     for image in &lock.images {
         let size: u64 = image.layers.iter().map(|l| lock.size_of(l)).sum();
@@ -82,7 +89,10 @@ fn text(r: &Report) -> String {
         ]);
     }
     let files = lock.files.iter().map(|f| (format!("file {}", f.name), String::new(), &f.digest));
-    let debs = lock.debs.iter().map(|d| (format!("package {}", d.name), d.version.clone(), &d.digest));
+    let debs = lock.debs.iter().map(|d| {
+        let mark = if d.signed_by.is_empty() { " (UNSIGNED)" } else { "" };
+        (format!("package {}{mark}", d.name), d.version.clone(), &d.digest)
+    });
     let releases = lock.programs().map(|r| {
         let mark = if r.unsigned { " (UNSIGNED)" } else { "" };
         (format!("release {}{mark}", r.product), r.version.to_string(), &r.digest)

@@ -222,7 +222,10 @@ impl Pack<'_> {
         let https = if engine == "nomad" && !self.loopback_only { "consul-https = 8501\n" } else { "" };
         let sources = match self.plain {
             true => String::new(),
-            false => format!("sources = {:?}\n", packages(work, self.newer, self.broken)),
+            false => {
+                let sources = packages(work, self.newer, self.broken);
+                format!("sources = {sources:?}\nunsigned-packages = true\n")
+            }
         };
         let tcp = ["[[service.tcp]]", "[[service.long-lived]]"].iter().any(|s| self.service.contains(s));
         let stream = if tcp { ", \"libnginx-mod-stream\"" } else { "" };

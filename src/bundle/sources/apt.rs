@@ -11,8 +11,8 @@ use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use super::Blobs;
 use super::cache::{Cache, hash_file};
+use super::{Blobs, archive};
 use crate::bundle::lock::{Deb, Role};
 use crate::bundle::manifest::Packages;
 use crate::bundle::target::Target;
@@ -53,10 +53,10 @@ pub fn resolve(
     let listing = apt.run("apt-get", &install)?;
     // 'URI' FILE SIZE HASH
     let listed = |line| {
-        let mut fields = str::split_whitespace(line).skip(1);
-        Some((fields.next()?, fields.next()?.parse().ok()?))
+        let mut fields = str::split_whitespace(line);
+        Some((fields.next()?.trim_matches('\''), fields.next()?, fields.next()?.parse().ok()?))
     };
-    let files: Vec<(&str, u64)> = listing.lines().filter_map(listed).collect();
+    let files: Vec<(&str, &str, u64)> = listing.lines().filter_map(listed).collect();
     if files.is_empty() {
         return Err(Code::Source
             .err(format!(
@@ -65,10 +65,10 @@ pub fn resolve(
             ))
             .cure("leave these out of the manifest's packages"));
     }
-    if !files.iter().all(|(file, size)| apt.archive(file).metadata().is_ok_and(|m| m.len() == *size)) {
+    if !files.iter().all(|(_, file, size)| apt.archive(file).metadata().is_ok_and(|m| m.len() == *size)) {
         apt.download(&wanted, files.len(), ui)?;
     }
-    let files: Vec<&str> = files.into_iter().map(|(file, _)| file).collect();
+    let files: Vec<(&str, &str)> = files.into_iter().map(|(uri, file, _)| (uri, file)).collect();
     let (index, debs) = apt.index(&files, cache, &mut blobs)?;
     ui.done(format!("{} packages for {target}", debs.len()));
     Ok((Some(index), debs, blobs))
@@ -97,6 +97,9 @@ impl Apt {
             Some(path) => fs::read_to_string(path).at(path)?,
             None => own_sources(target)?,
         };
+        if let Some(line) = archive::unsigned_option(&sources).filter(|_| !packages.unsigned_packages) {
+            return Err(archive::refused(line));
+        }
         let deb822 = sources.lines().any(|l| l.starts_with("Types:"));
         for (name, here) in [("zd.sources", deb822), ("zd.list", !deb822)] {
             let path = root.join("etc").join(name);
@@ -221,8 +224,13 @@ impl Apt {
     }
 
     /// The index that apt reads on the host, and each package as a blob.
-    fn index(&self, files: &[&str], cache: &Cache, blobs: &mut Blobs) -> Result<(Digest, Vec<Deb>)> {
-        let packages = files.iter().map(|file| PackageFile::parse(file)).collect::<Result<Vec<_>>>()?;
+    fn index(&self, files: &[(&str, &str)], cache: &Cache, blobs: &mut Blobs) -> Result<(Digest, Vec<Deb>)> {
+        let packages =
+            files.iter().map(|(uri, file)| PackageFile::parse(uri, file)).collect::<Result<Vec<_>>>()?;
+        let archives = archive::archives(&self.run("apt-get", &["indextargets"])?)?;
+        let mut madison = vec!["madison"];
+        madison.extend(packages.iter().map(|p| p.name));
+        let madison = self.run("apt-cache", &madison)?;
         let mut show = vec!["show".to_owned()];
         show.extend(packages.iter().map(|p| format!("{}={}", p.name, p.version)));
         let shown = self.run("apt-cache", &show.iter().map(String::as_str).collect::<Vec<_>>())?;
@@ -233,7 +241,7 @@ impl Apt {
         }
         let mut debs = Vec::new();
         let mut index = String::new();
-        for PackageFile { file, name, version, arch } in packages {
+        for PackageFile { uri, file, name, version, arch } in packages {
             let stanza = stanzas.get(&(name, version.as_str())).copied().unwrap_or_default();
             let plain = format!("{name}_{}_{arch}.deb", version.replace(':', "."));
             for line in stanza.lines() {
@@ -251,7 +259,8 @@ impl Apt {
                     .cure("delete it and run `zd pack` again"));
             }
             blobs.add(digest.clone(), size, Role::Deb, path);
-            debs.push(Deb { name: name.into(), version, file: plain, digest });
+            let signed_by = archive::of_package(&archives, &madison, name, &version, uri)?.signed_by.clone();
+            debs.push(Deb { name: name.into(), version, file: plain, digest, signed_by });
         }
         let (digest, size, path) = cache.put(index.as_bytes())?;
         blobs.add(digest.clone(), size, Role::AptIndex, path);
@@ -261,6 +270,7 @@ impl Apt {
 
 /// What the name of a package file says: `name_version_arch.deb`, with `%3a` for the colon of an epoch.
 struct PackageFile<'a> {
+    uri: &'a str,
     file: &'a str,
     name: &'a str,
     version: String,
@@ -268,12 +278,12 @@ struct PackageFile<'a> {
 }
 
 impl<'a> PackageFile<'a> {
-    fn parse(file: &'a str) -> Result<Self> {
+    fn parse(uri: &'a str, file: &'a str) -> Result<Self> {
         let mut parts = file.trim_end_matches(".deb").splitn(3, '_');
         let (Some(name), Some(version), Some(arch)) = (parts.next(), parts.next(), parts.next()) else {
             return Err(Code::Source.err(format!("apt named a package file {file:?} that zd cannot read")));
         };
-        Ok(Self { file, name, version: version.replace("%3a", ":"), arch })
+        Ok(Self { uri, file, name, version: version.replace("%3a", ":"), arch })
     }
 }
 

@@ -1,6 +1,7 @@
 //! Where blobs come from. Each source puts checked files into the cache and names them by digest.
 
 pub mod apt;
+mod archive;
 pub mod cache;
 mod credentials;
 pub mod hashicorp;
