@@ -12,6 +12,9 @@ use crate::host::{Host, Pack, SERVICE, root};
 
 const FIRST: &str = "etc/zd/trust/first.pub";
 
+/// Of a backup: name and bytes.
+type Members = Vec<(String, Vec<u8>)>;
+
 /// What nobody may change: whom the host trusts, what it signs with, what its slots hold.
 fn trusts(host: &Host) -> String {
     host.sh(
@@ -47,7 +50,7 @@ fn claiming(known: &str, signature: &[u8]) -> Vec<u8> {
 fn forged_backups(host: &Host, good: &Path, keys: &Path) -> Vec<(&'static str, &'static str)> {
     let theirs = pair(keys, "attacker", &[]);
     let trusted = std::fs::read(&theirs).expect("a key");
-    let swapped = |members: &mut Vec<(String, Vec<u8>)>| {
+    let swapped = |members: &mut Members| {
         let mut index: Value = serde_json::from_slice(&members[0].1).expect("an index");
         for file in index["files"].as_array_mut().expect("files").iter_mut().filter(|f| f["path"] == FIRST) {
             file["size"] = json!(trusted.len());
@@ -57,14 +60,14 @@ fn forged_backups(host: &Host, good: &Path, keys: &Path) -> Vec<(&'static str, &
         members.iter_mut().filter(|(name, _)| name == FIRST).for_each(|(_, bytes)| *bytes = trusted.clone());
     };
     let known = host.sh("tail -n 1 /etc/zd/signing/host.pub");
-    let attempt = |name: &str, sign: &dyn Fn(&mut Vec<(String, Vec<u8>)>)| {
+    let attempt = |name: &str, sign: &dyn Fn(&mut Members)| {
         let bytes = rewritten(good, keys, |members| {
             swapped(members);
             sign(members);
         });
         std::fs::write(good.with_file_name(name), bytes).expect(name);
     };
-    let by = |key: &Path, members: &mut Vec<(String, Vec<u8>)>| {
+    let by = |key: &Path, members: &mut Members| {
         members[1].1 = signed(key, &members[0].1, &members[1].1);
     };
     attempt("unsigned", &|members| drop(members.remove(1)));
