@@ -7,7 +7,7 @@ use std::path::Path;
 use assert_cmd::Command;
 use support::*;
 
-const VERBS: [&str; 28] = [
+const VERBS: [&str; 29] = [
     "keygen",
     "pack",
     "inspect",
