@@ -25,12 +25,13 @@ fn no_account_of_a_service_and_no_local_user_becomes_root() {
 }
 
 /// All that anybody may read of what is zd's; the reasons stand in ARCHITECTURE.md.
-const OPEN: [&str; 12] = [
+const OPEN: [&str; 13] = [
     "/run/zd",
     "/etc/zd/logrotate.conf",
     "/etc/zd/signing/host.pub",
     "/etc/zd/trust",
     "/etc/zd/trust/first.pub",
+    "/etc/zd/trust/trust.toml",
     "/opt/zd",
     "/opt/zd/bin",
     "/opt/zd/programs",
