@@ -57,7 +57,7 @@ fn checked_by_minisign_on_another_machine() {
     assert_eq!(signed_by(&host), key);
     assert_eq!(
         host.sh("cd /etc/zd/signing && stat -c '%n %a %U' . *"),
-        ". 755 root\nhost.key 600 root\nhost.pub 644 root\n"
+        ". 711 root\nhost.key 600 root\nhost.pub 644 root\n"
     );
     host.zd(&["deploy", "v2"]).ok();
     host.zd(&["switch", "--reason", "ticket 1"]).ok();
