@@ -62,10 +62,10 @@ pub struct Deb {
     /// File name in the apt index.
     pub file: String,
     pub digest: Digest,
-    /// Keys that signed the archive it comes from; none where nobody did, which the manifest allowed, and in locks from
-    /// before this was kept.
-    #[serde(default)]
-    pub signed_by: Vec<Fingerprint>,
+    /// Keys that signed the archive it comes from; an empty list where nobody did, which the manifest allowed. Left out
+    /// in locks from before it was recorded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub signed_by: Option<Vec<Fingerprint>>,
 }
 
 /// One image; its manifest, config and layers are blobs.

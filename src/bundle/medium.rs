@@ -1,4 +1,5 @@
-//! What came from elsewhere, on a stick or by mail, is opened here. What a bundle is read from: `Read + Seek` cursors over one shared, unmoved file.
+//! What came from elsewhere, on a stick or by mail, is opened here. What a bundle is read from: `Read + Seek` cursors over
+//! one shared, unmoved file.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom};

@@ -73,9 +73,10 @@ fn text(r: &Report) -> String {
     for (image, index) in lock.images.iter().filter_map(|i| Some((&i.reference, i.index.as_ref()?))) {
         out.push_str(&format!("\nimage {image}: one platform of the index {index}"));
     }
-    let signers: BTreeSet<_> = lock.debs.iter().flat_map(|d| &d.signed_by).collect();
+    let signers: BTreeSet<_> = lock.debs.iter().filter_map(|d| d.signed_by.as_ref()).flatten().collect();
     for key in signers {
-        let of = lock.debs.iter().filter(|d| d.signed_by.contains(key)).count();
+        let of =
+            lock.debs.iter().filter(|d| d.signed_by.as_ref().is_some_and(|keys| keys.contains(key))).count();
         out.push_str(&format!("\narchive key {key}: {of} of {} packages", lock.debs.len()));
     }
     let mut table = super::status::table(["what", "version", "size", "digest"]);
@@ -90,7 +91,7 @@ fn text(r: &Report) -> String {
     }
     let files = lock.files.iter().map(|f| (format!("file {}", f.name), String::new(), &f.digest));
     let debs = lock.debs.iter().map(|d| {
-        let mark = if d.signed_by.is_empty() { " (UNSIGNED)" } else { "" };
+        let mark = if d.signed_by.as_ref().is_some_and(Vec::is_empty) { " (UNSIGNED)" } else { "" };
         (format!("package {}{mark}", d.name), d.version.clone(), &d.digest)
     });
     let releases = lock.programs().map(|r| {

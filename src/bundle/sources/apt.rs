@@ -259,7 +259,8 @@ impl Apt {
                     .cure("delete it and run `zd pack` again"));
             }
             blobs.add(digest.clone(), size, Role::Deb, path);
-            let signed_by = archive::of_package(&archives, &madison, name, &version, uri)?.signed_by.clone();
+            let archive = archive::of_package(&archives, &madison, name, &version, uri)?;
+            let signed_by = Some(archive.signed_by.clone());
             debs.push(Deb { name: name.into(), version, file: plain, digest, signed_by });
         }
         let (digest, size, path) = cache.put(index.as_bytes())?;

@@ -12,21 +12,22 @@ use crate::ids::Fingerprint;
 /// Options of a source with which apt takes packages that nobody signed; in a `.sources` file they are fields.
 const UNSIGNED: [&str; 3] = ["trusted", "allow-insecure", "allow-downgrade-to-insecure"];
 
-/// What of a sources file takes packages without a signature: the first such option, and its line.
+/// What of a sources file takes packages without a signature: the first such option, and its line. What apt would read
+/// in another way than it looks (quotes, %xx, a value on the next line) counts as one.
 pub fn unsigned_option(sources: &str) -> Option<&str> {
-    let yes = |value: &str| {
-        let value = value.trim().to_ascii_lowercase();
-        !["", "no", "false", "without", "off", "disable", "0"].contains(&value.as_str())
+    let is_one = |key: &str, value: &str| {
+        let no = ["no", "false", "without", "off", "disable", "0"];
+        UNSIGNED.iter().any(|option| key.eq_ignore_ascii_case(option))
+            && !no.contains(&value.trim().to_ascii_lowercase().as_str())
     };
     sources.lines().map(str::trim).filter(|line| !line.starts_with('#')).find(|line| {
-        let field = line.split_once(':').is_some_and(|(key, value)| {
-            UNSIGNED.iter().any(|option| key.trim_end().eq_ignore_ascii_case(option)) && yes(value)
-        });
+        let field = line.split_once(':').is_some_and(|(key, value)| is_one(key.trim_end(), value));
         let options = line.split_once('[').and_then(|(_, rest)| rest.split_once(']')).map_or("", |o| o.0);
-        let option = options.split_whitespace().filter_map(|o| o.split_once('=')).any(|(key, value)| {
-            UNSIGNED.iter().any(|option| key.trim_end_matches('+').eq_ignore_ascii_case(option)) && yes(value)
-        });
-        field || option
+        let option = options
+            .split_whitespace()
+            .filter_map(|o| o.split_once('='))
+            .any(|(key, value)| is_one(key.trim_end_matches(['+', '-']), value));
+        field || option || (line.starts_with("deb") && options.contains(['"', '%']))
     })
 }
 
@@ -51,9 +52,14 @@ fn may_be_unsigned(entry: &str) -> bool {
     let source = || {
         let (path, n) = entry.rsplit_once(':')?;
         let (text, n) = (fs::read_to_string(path).ok()?, n.parse::<usize>().ok()?.checked_sub(1)?);
-        let stanzas = || text.split("\n\n").filter(|stanza| !stanza.trim().is_empty());
-        let source = if path.ends_with(".sources") { stanzas().nth(n) } else { text.lines().nth(n) };
-        source.map(|source| unsigned_option(source).is_some())
+        if path.ends_with(".list") {
+            return text.lines().nth(n).map(|line| unsigned_option(line).is_some());
+        }
+        // apt does not count a stanza of comments.
+        let lines: Vec<&str> = text.lines().filter(|line| !line.starts_with('#')).collect();
+        let text = lines.join("\n");
+        let mut stanzas = text.split("\n\n").filter(|stanza| !stanza.trim().is_empty());
+        stanzas.nth(n).map(|stanza| unsigned_option(stanza).is_some())
     };
     source().unwrap_or(true)
 }
@@ -69,7 +75,8 @@ pub fn archives(index_targets: &str) -> Result<Vec<Archive>> {
             continue;
         }
         let (list, name) = (field("Filename"), field("MetaKey").replace('/', "_"));
-        let Some(beside) = list.strip_suffix(&name) else { continue };
+        // What follows the name is how the list is compressed.
+        let Some((beside, _)) = list.rsplit_once(&name) else { continue };
         found.push(Archive {
             description: field("Description").to_owned(),
             uri: field("Repo-URI").to_owned(),
@@ -132,6 +139,9 @@ mod tests {
             "deb [allow-downgrade-to-insecure=yes] http://a.example bookworm main",
             "Types: deb\nURIs: copy:/x\nSuites: ./\nTrusted: yes\n",
             "Types: deb\ntrusted:  1\n",
+            "Types: deb\nTrusted:\n yes\n",
+            "deb [\"trusted=yes\"] http://a.example bookworm main",
+            "deb [%74rusted=yes] http://a.example bookworm main",
         ] {
             assert!(unsigned_option(bad).is_some(), "{bad}");
         }
@@ -142,6 +152,22 @@ mod tests {
         ] {
             assert_eq!(unsigned_option(good), None);
         }
+    }
+
+    #[test]
+    fn a_source_is_found_by_its_number() {
+        let dir = tempfile::tempdir().unwrap();
+        let entry = |name: &str, text: &str, n: u32| {
+            let path = dir.path().join(name);
+            fs::write(&path, text).unwrap();
+            may_be_unsigned(&format!("{}:{n}", path.display()))
+        };
+        let list = "# of the site\ndeb [trusted=yes] copy:/x ./\ndeb http://a.example bookworm main\n";
+        assert!(entry("zd.list", list, 2) && !entry("zd.list", list, 3) && entry("zd.list", list, 9));
+        let stanzas =
+            "# of the site\n\nTypes: deb\nTrusted: yes\n\n\n# signed\nTypes: deb\nSuites: bookworm\n";
+        assert!(entry("zd.sources", stanzas, 1) && !entry("zd.sources", stanzas, 2));
+        assert!(may_be_unsigned("/none/zd.list:1") && may_be_unsigned(""));
     }
 
     #[test]
