@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::{exec, fs};
+use super::{exec, fs, paths};
 use crate::bundle::sources::apt::simulated;
 use crate::error::{At, Code, Result};
 use crate::plan::Moved;
@@ -51,13 +51,14 @@ pub async fn version_of(name: &str) -> Result<Option<String>> {
     Ok((out.ok && !out.stdout.is_empty()).then_some(out.stdout))
 }
 
-fn apt(repository: &Path, more: &[&str]) -> Result<Vec<String>> {
-    if !Path::new(SCRATCH).is_dir() {
-        fs::make_dir(Path::new(SCRATCH), 0o700, None)?;
+fn apt(scratch: &Path, repository: &Path, more: &[&str]) -> Result<Vec<String>> {
+    if !scratch.is_dir() {
+        fs::make_dir(scratch, 0o700, None)?;
     }
-    let lists = Path::new(SCRATCH).join("lists/partial");
+    let lists = scratch.join("lists/partial");
     std::fs::create_dir_all(&lists).at(&lists)?;
-    let source = Path::new(SCRATCH).join("zd.list");
+    let source = scratch.join("zd.list");
+    let scratch = scratch.display();
     // trusted: every byte was checked against the signed lock on its way here.
     let line = format!("deb [trusted=yes] file:{} ./\n", repository.display());
     fs::write(&source, line.as_bytes(), 0o644, None)?;
@@ -65,9 +66,9 @@ fn apt(repository: &Path, more: &[&str]) -> Result<Vec<String>> {
     for option in [
         format!("Dir::Etc::sourcelist={}", source.display()),
         "Dir::Etc::sourceparts=/dev/null".into(),
-        format!("Dir::State::lists={SCRATCH}/lists"),
-        format!("Dir::State::extended_states={SCRATCH}/extended_states"),
-        format!("Dir::Cache={SCRATCH}"),
+        format!("Dir::State::lists={scratch}/lists"),
+        format!("Dir::State::extended_states={scratch}/extended_states"),
+        format!("Dir::Cache={scratch}"),
         "APT::Sandbox::User=root".into(),
         "APT::Install-Recommends=false".into(),
         "Acquire::Languages=none".into(),
@@ -80,12 +81,16 @@ fn apt(repository: &Path, more: &[&str]) -> Result<Vec<String>> {
     Ok(argv)
 }
 
-/// Asks apt what installing would do; removing anything is refused.
+/// Asks apt what installing would do; removing anything is refused. In a folder of its own: a dry run does this beside
+/// an install that is under way.
 pub async fn simulate(repository: &Path, wanted: &[String]) -> Result<Change> {
-    exec::run(&apt(repository, &["update", "-qq"])?).await?;
+    std::fs::create_dir_all(paths::RUN).at(paths::RUN)?;
+    let scratch = tempfile::Builder::new().prefix("apt-").tempdir_in(paths::RUN).at(paths::RUN)?;
+    let scratch = scratch.path();
+    exec::run(&apt(scratch, repository, &["update", "-qq"])?).await?;
     let mut args = vec!["-s", "-qq", "install"];
     args.extend(wanted.iter().map(String::as_str));
-    let plan = exec::run(&apt(repository, &args)?).await.map_err(|e| {
+    let plan = exec::run(&apt(scratch, repository, &args)?).await.map_err(|e| {
         e.cure("the host's own packages stand in the way: `apt-get check`, `dpkg --audit`; then run it again")
     })?;
     let removed: Vec<&str> = plan.lines().filter_map(|l| l.strip_prefix("Remv ")).collect();
@@ -115,13 +120,14 @@ pub async fn upgrade(repository: &Path, packages: &[Moved]) -> Result<()> {
 }
 
 async fn change(repository: &Path, options: &[&str], wanted: &[String]) -> Result<()> {
+    let scratch = Path::new(SCRATCH);
     // Half-configured packages of an interrupted run first.
     exec::run(&["dpkg", "--configure", "-a", "--force-confold"]).await?;
-    exec::run(&apt(repository, &["update", "-qq"])?).await?;
+    exec::run(&apt(scratch, repository, &["update", "-qq"])?).await?;
     let mut args = vec!["install", "-y", "-qq", "--no-remove"];
     args.extend(options);
     args.extend(wanted.iter().map(String::as_str));
-    exec::run(&apt(repository, &args)?).await.map(drop)
+    exec::run(&apt(scratch, repository, &args)?).await.map(drop)
 }
 
 /// Debian's way of forbidding packages' scripts to restart anything (invoke-rc.d(8), policy-rc.d). A policy of
