@@ -83,9 +83,9 @@ async fn running(installed: &Installed) -> Result<Vec<Standing>> {
     Ok(running)
 }
 
-/// A daemon takes up its files. The firewall's has no process: a reload shuts no port that stays open.
+/// A daemon takes up its files. Those of rules have no process: a reload shuts no port and opens no way meanwhile.
 pub async fn take_up(unit: &str) -> Result<()> {
-    match unit == firewall::UNIT {
+    match [firewall::UNIT, firewall::BRIDGE_UNIT].contains(&unit) {
         true => systemd::reload(unit).await,
         false => systemd::restart(unit).await,
     }

@@ -82,6 +82,16 @@ impl HostConfig {
         format!("{}/{repository}@{digest}", self.registry())
     }
 
+    /// All addresses of containers.
+    pub fn network(&self) -> String {
+        format!("{}.0.0/16", self.subnet)
+    }
+
+    /// This host's own address among them.
+    pub fn gateway(&self) -> String {
+        format!("{}.0.1", self.subnet)
+    }
+
     /// Address of one container: third octet is the service, blue from .11, green from .21.
     pub fn address(&self, service: usize, slot: Slot, instance: u8) -> Ipv4Addr {
         let base = match slot {

@@ -281,7 +281,8 @@ impl Docker {
             ("zd.digest", wanted.digest.to_string()),
         ];
         let address = EndpointIpamConfig { ipv4_address: Some(wanted.ip.to_string()), ..Default::default() };
-        let endpoint = EndpointSettings { ipam_config: Some(address), ..Default::default() };
+        let mac_address = Some(mac(wanted.ip));
+        let endpoint = EndpointSettings { ipam_config: Some(address), mac_address, ..Default::default() };
         let body = ContainerCreateBody {
             image: Some(wanted.image.clone()),
             env: Some(wanted.env.clone()),
@@ -406,6 +407,12 @@ impl Docker {
         }
         Ok(())
     }
+}
+
+/// The MAC address that goes with an address. Docker before 28 gives this one by itself.
+pub fn mac(ip: Ipv4Addr) -> String {
+    let [a, b, c, d] = ip.octets();
+    format!("02:42:{a:02x}:{b:02x}:{c:02x}:{d:02x}")
 }
 
 /// Name under which the container before is kept until the new one is healthy.

@@ -8,6 +8,8 @@ use crate::error::Result;
 
 /// Puts zd's ports into nftables' input chain.
 pub const UNIT: &str = "zd-firewall.service";
+/// Keeps containers to their own addresses, away from each other, and others away from them.
+pub const BRIDGE_UNIT: &str = "zd-bridge.service";
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]

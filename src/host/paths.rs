@@ -23,6 +23,8 @@ pub const REGISTRY_ETC: &str = "/etc/zd/registry";
 pub const REGISTRY_PASSWORD: &str = "/etc/zd/registry/password";
 /// Of the registry's process that takes pushes; its folder is the runtime folder of its unit.
 pub const REGISTRY_SOCKET: &str = "/run/zd-registry-push/socket";
+/// Rules of the containers' bridge.
+pub const BRIDGE_ETC: &str = "/etc/zd/bridge";
 pub const SECRETS: &str = "/etc/zd/secrets";
 /// The pair that this host signs its audit log and its reports with.
 pub const SIGNING: &str = "/etc/zd/signing";

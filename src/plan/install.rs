@@ -17,10 +17,9 @@ use crate::error::{Code, OrCode, Result};
 use crate::host::config::{HostConfig, Installed};
 use crate::host::firewall::{self, Firewall};
 use crate::host::fs::ROOT_AND;
-use crate::host::nginx;
 use crate::host::paths::{self, NGINX_USER, REGISTRY_USER};
 use crate::host::secrets::Secret;
-use crate::host::trust;
+use crate::host::{docker, nginx, trust};
 use crate::ids::{Name, Slot};
 use crate::service::pointer::Pointer;
 use crate::service::state::State;
@@ -67,7 +66,7 @@ pub fn plan(inputs: &Inputs) -> Result<Plan> {
     plan.registry(&installed.host)?;
     plan.images(lock);
     plan.saved_images(lock);
-    plan.docker(installed);
+    plan.docker(installed)?;
     if lock.engine == Engine::Nomad {
         plan.programs(installed);
         plan.consul(installed)?;
@@ -248,11 +247,39 @@ impl Builder<'_> {
         self.steps.extend(lock.images.iter().map(|image| Step::Push { image: image.reference.to_string() }));
     }
 
-    pub(super) fn docker(&mut self, installed: &Installed) {
-        if !installed.lock.services.is_empty() {
+    pub(super) fn docker(&mut self, installed: &Installed) -> Result<()> {
+        let services = installed.lock.services.len();
+        if services > 0 {
+            // What an upgrade drops serves until then.
+            self.bridge(installed, services.max(self.before.map_or(0, |lock| lock.services.len())))?;
             self.push(Step::Unit { name: "docker.service".into() });
-            self.push(Step::Network { subnet: format!("{}.0.0/16", installed.host.subnet) });
+            self.push(Step::Network { subnet: installed.host.network() });
         }
+        Ok(())
+    }
+
+    /// Who may send what over the containers' bridge, for so many services.
+    pub(super) fn bridge(&mut self, installed: &Installed, services: usize) -> Result<()> {
+        let host = &installed.host;
+        let slots = (0..services).flat_map(|service| Slot::BOTH.map(|slot| (service, slot)));
+        // As many as a slot can be scaled to.
+        let addresses = slots
+            .flat_map(|(service, slot)| (1..=9).map(move |instance| host.address(service, slot, instance)))
+            .map(|ip| json!({ "ip": ip, "mac": docker::mac(ip) }));
+        let variables = json!({
+            "subnet": host.network(),
+            "gateway": host.gateway(),
+            "addresses": addresses.collect::<Vec<_>>(),
+        });
+        let etc = Path::new(paths::BRIDGE_ETC);
+        self.dir(etc, 0o700);
+        let mut files = Vec::new();
+        for (name, template) in [("ip.rules", assets::BRIDGE_IP), ("frames.rules", assets::BRIDGE_FRAMES)] {
+            files.push(text_file(etc.join(name), assets::render(name, template, &variables)?));
+        }
+        files.push(unit_file(firewall::BRIDGE_UNIT, assets::BRIDGE_UNIT));
+        self.daemon(firewall::BRIDGE_UNIT, files, None);
+        Ok(())
     }
 
     /// Packages that are not there yet.

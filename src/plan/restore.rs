@@ -46,7 +46,7 @@ pub fn plan(inputs: &Inputs, present: &Present) -> Result<Plan> {
     plan.private_file(paths::HOST_TOML, installed.host.to_toml()?);
     plan.registry(&inputs.installed.host)?;
     plan.saved_images(lock);
-    plan.docker(installed);
+    plan.docker(installed)?;
     let nomad = lock.engine == Engine::Nomad;
     if nomad {
         plan.dir(paths::SECRETS, 0o700);

@@ -9,7 +9,7 @@ use crate::assets;
 use crate::bundle::manifest::{Engine, ImageRef, Service};
 use crate::error::Result;
 use crate::host::config::{HostConfig, Installed};
-use crate::host::docker::{Container, NO_NEW_PRIVILEGES, PIDS_LIMIT, parked};
+use crate::host::docker::{Container, NO_NEW_PRIVILEGES, PIDS_LIMIT, mac, parked};
 use crate::host::{nginx, paths};
 use crate::ids::{Digest, Slot};
 
@@ -91,7 +91,8 @@ pub fn job(
 ) -> Result<Value> {
     let index = installed.index(&service.name);
     let instances = (1..=service.instances)
-        .map(|number| json!({ "number": number, "ip": installed.host.address(index, slot, number) }));
+        .map(|number| (number, installed.host.address(index, slot, number)))
+        .map(|(number, ip)| json!({ "number": number, "ip": ip, "mac": mac(ip) }));
     let variables = json!({
         "id": paths::job(&service.name, slot),
         "service": service.name,

@@ -62,7 +62,7 @@ pub fn plan(inputs: &Inputs, change: Change) -> Result<Plan> {
     if change.carried {
         plan.images(lock);
     }
-    plan.docker(installed);
+    plan.docker(installed)?;
     if nomad {
         plan.consul(installed)?;
     }
@@ -98,6 +98,7 @@ pub fn plan(inputs: &Inputs, change: Change) -> Result<Plan> {
     plan.current(installed);
     if !change.dropped.is_empty() {
         plan.push(Step::Drop { services: change.dropped });
+        plan.bridge(installed, lock.services.len())?;
     }
     plan.steps
         .extend(change.filled.iter().filter_map(|(service, slot)| slot::retire(installed, service, *slot)));

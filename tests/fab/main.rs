@@ -7,6 +7,7 @@ mod host;
 mod another_bundle;
 mod attacks_audit;
 mod attacks_gate;
+mod attacks_net;
 mod attacks_rootfs;
 mod attacks_trust;
 mod backup;
