@@ -131,7 +131,7 @@ pub fn write(event: Event) -> Result<Written> {
 /// A run that ends with an error and has not written down why itself. Only root's, and only where zd is installed: others
 /// cannot change anything, and shall not fill the log.
 pub fn refused(verb: &str, error: &Error, ui: &Ui) {
-    if SPOKEN.load(Ordering::Relaxed) || READS_OR_OF_UNITS.contains(&verb) {
+    if SPOKEN.load(Ordering::Relaxed) {
         return;
     }
     note(verb, REFUSED, format!("{}: {}", error.code.name(), error.what), ui);
@@ -139,14 +139,12 @@ pub fn refused(verb: &str, error: &Error, ui: &Ui) {
 
 /// A key that the operator names decides over the one that this host trusts.
 pub fn key_given(verb: &str, key: &str, ui: &Ui) {
-    if READS_OR_OF_UNITS.contains(&verb) {
-        return;
-    }
     note(verb, KEY_GIVEN, format!("--key {key}"), ui);
 }
 
 fn note(verb: &str, outcome: &str, detail: String, ui: &Ui) {
-    if !rustix::process::geteuid().is_root() || !Path::new(paths::CURRENT).is_symlink() {
+    let is_host = rustix::process::geteuid().is_root() && Path::new(paths::CURRENT).is_symlink();
+    if !is_host || READS_OR_OF_UNITS.contains(&verb) {
         return;
     }
     let detail = detail.chars().take(LONGEST).collect();

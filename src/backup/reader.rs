@@ -1,6 +1,6 @@
 //! Reading a backup: its index counts only with a host's signature, and all of it is decrypted, hashed and compared
-//! with the index before anything else happens. Small
-//! files stay in memory, so that no secret is unpacked anywhere; blobs are read again, in place, when they are wanted.
+//! with the index before anything else happens. Small files stay in memory, so that no secret is unpacked anywhere;
+//! blobs are read again, in place, when they are wanted.
 
 use std::collections::HashMap;
 use std::fs::File;

@@ -228,13 +228,17 @@ impl Masters {
                     return Ok(held);
                 }
                 let link = std::fs::read_link(fd.path()).unwrap_or_default();
-                let inode =
-                    link.to_str().and_then(|l| l.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok());
+                let inode = link.to_str().and_then(socket_inode);
                 held.extend(inode.filter(|inode| inodes.contains(inode)));
             }
         }
         Ok(held)
     }
+}
+
+/// What a link in /proc/PID/fd says of a socket: `socket:[INODE]` (proc_pid_fd(5)).
+pub fn socket_inode(link: &str) -> Option<u64> {
+    link.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
 }
 
 /// Signals a process of a service's unit, and never another that has its number.

@@ -10,7 +10,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
-use super::nginx::Masters;
+use super::nginx::{Masters, socket_inode};
 use crate::error::{Code, OrCode, Result};
 
 /// NGX_HTTP_MODULE
@@ -53,10 +53,7 @@ fn of_worker(pid: u32, inodes: &BTreeSet<u64>) -> io::Result<Vec<(u64, Request)>
         };
         if link == "anon_inode:[eventpoll]" {
             polls.push(fd);
-        } else if let Some(inode) =
-            link.strip_prefix("socket:[").and_then(|l| l.strip_suffix(']')?.parse().ok())
-            && inodes.contains(&inode)
-        {
+        } else if let Some(inode) = socket_inode(link).filter(|inode| inodes.contains(inode)) {
             sockets.insert(fd, inode);
         }
     }

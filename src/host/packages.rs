@@ -52,9 +52,6 @@ pub async fn version_of(name: &str) -> Result<Option<String>> {
 }
 
 fn apt(scratch: &Path, repository: &Path, more: &[&str]) -> Result<Vec<String>> {
-    if !scratch.is_dir() {
-        fs::make_dir(scratch, 0o700, None)?;
-    }
     let lists = scratch.join("lists/partial");
     std::fs::create_dir_all(&lists).at(&lists)?;
     let source = scratch.join("zd.list");
@@ -121,6 +118,9 @@ pub async fn upgrade(repository: &Path, packages: &[Moved]) -> Result<()> {
 
 async fn change(repository: &Path, options: &[&str], wanted: &[String]) -> Result<()> {
     let scratch = Path::new(SCRATCH);
+    if !scratch.is_dir() {
+        fs::make_dir(scratch, 0o700, None)?;
+    }
     // Half-configured packages of an interrupted run first.
     exec::run(&["dpkg", "--configure", "-a", "--force-confold"]).await?;
     exec::run(&apt(scratch, repository, &["update", "-qq"])?).await?;

@@ -4,6 +4,7 @@
 
 use std::path::Path;
 
+use super::trust::succession;
 use super::{fs, paths};
 use crate::bundle::signature::{self, Key, OF_HOST, Signer};
 use crate::error::{At, Code, Result};
@@ -49,11 +50,9 @@ pub fn rotate() -> Result<(Option<String>, String)> {
     if let Some(before) = &before {
         keep(&before.key)?;
         keep(&key)?;
-        let what = format!("key {} follows key {}", key.id(), before.key.id());
-        let signed = before.sign(key.file_text().as_bytes(), OF_HOST, &what);
+        let signed = before.sign(key.file_text().as_bytes(), OF_HOST, &succession(&key, &before.key));
         fs::write(Path::new(&format!("{}.minisig", beside(&key))), signed.as_bytes(), 0o644, None)?;
     }
-    fs::make_dir(Path::new(paths::SIGNING), 0o711, None)?;
     write(&secret, &key)?;
     Ok((before.map(|signer| signer.key.id()), key.id()))
 }
@@ -77,6 +76,7 @@ fn write(secret: &str, key: &Key) -> Result<()> {
         // Backups that it has signed are this host's all the same.
         keep(&before)?;
     }
+    fs::make_dir(Path::new(paths::SIGNING), 0o711, None)?;
     fs::write(Path::new(paths::SIGNING_PUB), key.file_text().as_bytes(), 0o644, None)?;
     fs::write(Path::new(paths::SIGNING_KEY), secret.as_bytes(), 0o600, None)
 }
@@ -90,7 +90,6 @@ pub fn required() -> Result<Signer> {
     if let Some(signer) = signer().map_err(damaged)? {
         return Ok(signer);
     }
-    fs::make_dir(Path::new(paths::SIGNING), 0o755, None)?;
     make()?;
     signer()?.ok_or_else(|| Code::Bug.err("the key that was just made is not there"))
 }

@@ -8,8 +8,8 @@ use serde::{Deserialize, Serialize};
 
 use super::{fs, paths};
 use crate::audit::{self, Event};
-use crate::bundle::Lock;
 use crate::bundle::signature::Key;
+use crate::bundle::{Lock, medium};
 use crate::error::{At, Code, Error, OrCode, Result};
 
 /// What has been learned.
@@ -225,17 +225,17 @@ impl Trust {
     /// The key in a file, if a trusted one has signed it: `FILE.minisig`, as `zd keygen --follows` writes it.
     pub fn successor(&self, path: &Path) -> Result<(Key, Key)> {
         use crate::bundle::signature::{Fault, OF_SUCCESSOR, check, trusted_comment};
-        let bytes = std::fs::read(path).at(path)?;
-        let key = Key::parse(&String::from_utf8_lossy(&bytes)).map_err(|e| e.during(path.display()))?;
+        let text = medium::text(path).at(path)?;
+        let key = Key::parse(&text).map_err(|e| e.during(path.display()))?;
         let beside = PathBuf::from(format!("{}.minisig", path.display()));
-        let signature = std::fs::read_to_string(&beside).at(&beside)?;
+        let signature = medium::text(&beside).at(&beside)?;
         let refused = |what: String| {
             Code::Signature.err(format!("{}: {what}; nothing was changed", beside.display())).cure(
                 "sign it with a key that this host trusts: zd keygen --follows OLD.key; or zd trust add FILE",
             )
         };
         let keys = self.keys();
-        let by = check(&bytes, &signature, OF_SUCCESSOR, &keys).map_err(|fault| match fault {
+        let by = check(text.as_bytes(), &signature, OF_SUCCESSOR, &keys).map_err(|fault| match fault {
             Fault::Key(id) => refused(format!("signed with key {id}, trusted are {}", self.ids())),
             Fault::Bytes => refused("it is of another key, or was altered".into()),
             Fault::Form | Fault::Unreadable => refused("it cannot be read".into()),

@@ -4,11 +4,11 @@
 
 use std::time::Duration;
 
+use jiff::Timestamp;
+
 use super::install::{Builder, Inputs, repository};
 use super::preflight::Finding;
 use super::{Moved, Plan, Process, Standing, Step, slot};
-use jiff::Timestamp;
-
 use crate::bundle::Lock;
 use crate::bundle::lock::Release;
 use crate::bundle::manifest::{Engine, Service, Tcp};
